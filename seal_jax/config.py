@@ -1,0 +1,305 @@
+"""The configuration of a run: typed dataclasses, filled from YAML and `key.sub=value` overrides by OmegaConf.
+
+Defaults are the paper's (arXiv 2506.10943), for knowledge incorporation. `task` is checked against the dataclass `Config` of the package
+`seal_jax.tasks.<task.name>`, so that a new task brings its own options without a change here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import os
+import pkgutil
+from collections.abc import Sequence
+from typing import Any
+
+import omegaconf
+import yaml
+from omegaconf import OmegaConf
+
+from seal_jax.errors import SealError
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, or a local folder of safetensors
+    dtype: str = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, bfloat16 on an accelerator
+    max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
+    remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keep products only), "full"
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    rank: int = 32
+    alpha: float = 64.0
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])
+
+
+@dataclasses.dataclass
+class FitConfig:
+    """The inner loop, one adapter an edit. All but `targets` and `tokens_per_step` may differ between edits of one program."""
+
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    learning_rate: float = 1e-3
+    schedule: str = "linear"  # "constant", "linear" or "cosine", to 0 over the edit's own steps
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 10
+    batch_size: int = 1  # sequences an optimiser step
+    max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
+    slots: int = 64  # edits held on the device at once
+    tokens_per_step: int = 512  # token slots a device step, over all the edits that it trains
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    """How the policy writes self-edits."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 0  # 0: all
+    max_tokens: int = 8192  # bounded by model.max_length as well
+    rows: int = 32  # sequences decoded at once
+
+
+@dataclasses.dataclass
+class AnswerConfig:
+    """How adapted models answer: greedily."""
+
+    max_tokens: int = 64
+    rows: int = 64  # answers decoded at once, over all adapters
+
+
+@dataclasses.dataclass
+class MStepConfig:
+    """Supervised fine-tuning of the policy on the kept (prompt, self-edit) pairs, completion tokens only, then a merge."""
+
+    lora: LoraConfig = dataclasses.field(
+        default_factory=lambda: LoraConfig(
+            64, 128.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        )
+    )
+    learning_rate: float = 3e-4
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 2
+    batch_size: int = 10  # effective: gradients are accumulated over microbatches
+    microbatch: int = 1
+
+
+@dataclasses.dataclass
+class RestEmConfig:
+    rounds: int = 2
+    contexts: int = 50  # contexts a round; round r takes the next ones of the training split, from the start again at its end
+    edits: int = 5  # K, self-edits a context
+    seeds: int = 3  # S, inner-loop seeds an edit
+    select: str = "best"  # "best" (best of K), "top" (top `keep`) or "gain" (all above the unadapted reward)
+    keep: int = 1  # how many `top` keeps a context
+    group: int = 10  # contexts measured in one go; a killed run repeats at most one group
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    contexts: int = 200  # contexts of the validation split
+    edits: int = 5  # K
+    seeds: int = 2  # best of K is chosen on the first and scored on the second
+    resamples: int = 10000  # bootstrap resamples of contexts
+    group: int = 10
+    during_training: bool = True  # the table at the start and at the end of `train`
+
+
+@dataclasses.dataclass
+class GradeConfig:
+    name: str = "match"  # "match" (offline), "judge" (a model of ours) or "endpoint" (an OpenAI-compatible server)
+    threshold: float = 0.6  # match: the share of gold tokens that must be found
+    model: str = "gpt-4.1"  # judge: as model.name; endpoint: the server's name for it
+    base_url: str | None = None  # endpoint: default from OPENAI_BASE_URL
+    concurrency: int = 16  # endpoint: calls in flight
+    retries: int = 5  # endpoint: tries after the first, with back-off
+    timeout: float = 30.0  # endpoint: seconds a try
+    cache: str | None = None  # endpoint: folder of the reply cache; default in the user's cache folder
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    edit: int = -1  # devices along the axis of edits; -1: all that are left
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class RunConfig:
+    name: str = "run"
+    seed: int = 0
+    run_dir: str = "runs/${name}"
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    task: Any = None
+    fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    answer: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
+    m_step: MStepConfig = dataclasses.field(default_factory=MStepConfig)
+    rest_em: RestEmConfig = dataclasses.field(default_factory=RestEmConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def task_names() -> list[str]:
+    """The tasks that this installation knows: the packages under `seal_jax.tasks`."""
+    from seal_jax import tasks
+
+    return sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if m.ispkg)
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file `path`, with `key.sub=value` overrides applied in order.
+
+    Raises `SealError` for a missing or malformed file, an unknown key (with the nearest known one), a wrong type or a bad value.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise SealError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SealError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise SealError(f"{path}: expected a mapping of config keys, found {type(data).__name__}")
+    return build(data, overrides, where=str(path))
+
+
+def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
+    """`load` for a config already read as plain data; `where` names it in error messages."""
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise SealError(f"override {item!r}: expected key.sub=value")
+    try:
+        given = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
+    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise SealError(f"{where}: {_one_line(error)}") from None
+    task = given.get("task")
+    name = task.get("name") if OmegaConf.is_dict(task) else None
+    if name is None:
+        raise SealError(f"{where}: task.name is missing; one of: {', '.join(task_names())}")
+    if name not in task_names():
+        raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
+    schema = OmegaConf.structured(RunConfig)
+    schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
+    _check_keys(schema, given, where)
+    try:
+        merged = OmegaConf.merge(schema, given)
+        config = OmegaConf.to_object(merged)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise SealError(f"{where}: {_one_line(error)}") from None
+    assert isinstance(config, RunConfig)
+    _check_values(config, where)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The whole configuration, defaults included, as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain data."""
+    return dataclasses.asdict(config)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
+    """OmegaConf would refuse unknown keys too, but without the nearest name."""
+    for key in given:
+        full = f"{prefix}{key}"
+        if key not in schema:
+            known = [str(k) for k in schema]
+            raise SealError(f"{where}: unknown key {full!r}{_nearest(str(key), known)}; known here: {', '.join(known)}")
+        if OmegaConf.is_missing(given, key):
+            raise SealError(f"{where}: {full} has no value")
+        here, there = schema._get_node(key), given._get_node(key)
+        if OmegaConf.is_dict(here) and not here._is_none() and OmegaConf.is_dict(there) and not there._is_none():
+            _check_keys(schema[key], given[key], where, f"{full}.")
+
+
+CHOICES = {
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "fit.schedule": ("constant", "linear", "cosine"),
+    "m_step.schedule": ("constant", "linear", "cosine"),
+    "rest_em.select": ("best", "top", "gain"),
+    "grade.name": ("match", "judge", "endpoint"),
+}
+AT_LEAST = {
+    "model.max_length": 16,
+    "fit.lora.rank": 1,
+    "fit.learning_rate": 0.0,
+    "fit.epochs": 1,
+    "fit.batch_size": 1,
+    "fit.slots": 1,
+    "fit.tokens_per_step": 16,
+    "fit.warmup_steps": 0,
+    "fit.weight_decay": 0.0,
+    "fit.max_grad_norm": 0.0,
+    "m_step.lora.rank": 1,
+    "m_step.learning_rate": 0.0,
+    "m_step.epochs": 1,
+    "m_step.batch_size": 1,
+    "m_step.microbatch": 1,
+    "sample.temperature": 0.0,
+    "sample.top_k": 0,
+    "sample.max_tokens": 1,
+    "sample.rows": 1,
+    "answer.max_tokens": 1,
+    "answer.rows": 1,
+    "rest_em.rounds": 0,
+    "rest_em.contexts": 1,
+    "rest_em.edits": 1,
+    "rest_em.seeds": 1,
+    "rest_em.keep": 1,
+    "rest_em.group": 1,
+    "evaluate.contexts": 1,
+    "evaluate.edits": 1,
+    "evaluate.seeds": 1,
+    "evaluate.resamples": 1,
+    "evaluate.group": 1,
+    "grade.concurrency": 1,
+    "grade.retries": 0,
+    "seed": 0,
+}
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _check_values(config: RunConfig, where: str) -> None:
+    for key, choices in CHOICES.items():
+        if (value := _value(config, key)) not in choices:
+            raise SealError(f"{where}: {key}={value!r}: expected one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        if not (value := _value(config, key)) >= least:
+            raise SealError(f"{where}: {key}={value}: expected at least {least}")
+    if not 0.0 < config.sample.top_p <= 1.0:
+        raise SealError(f"{where}: sample.top_p={config.sample.top_p}: expected a number above 0 and at most 1")
+    for key in ("fit.lora.targets", "m_step.lora.targets"):
+        targets = _value(config, key)
+        unknown = [t for t in targets if t not in LINEAR]
+        if unknown or not targets:
+            raise SealError(f"{where}: {key}={targets}: expected some of {', '.join(LINEAR)}")
