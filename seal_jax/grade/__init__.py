@@ -1,0 +1,1 @@
+"""Graders: whether an answer is right."""

@@ -62,9 +62,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSequence:
-    """One training sequence: `prompt` is read without a loss, `completion` carries the loss (all of it, if `prompt` is empty).
-
-    """
+    """One training sequence: `prompt` is read without a loss, `completion` carries the loss (all of it, if `prompt` is empty)."""
 
     completion: str
     prompt: str = ""
@@ -131,6 +129,10 @@ class Task(Protocol):
 
     def score(self, items: Sequence[tuple[Context, Sequence[str]]]) -> list[Score]:
         """Scores of the outputs (one a probe) of many contexts at once, so that a remote grader is called concurrently."""
+        ...
+
+    def text(self, context: Context) -> str:
+        """The context as a reader of the report wants to see it."""
         ...
 
     def describe(self, context: Context) -> list[tuple[str, str]]:

@@ -1,0 +1,102 @@
+"""What every grader has in common: the items it judges, the question it is asked, and how its reply is read.
+
+The prompt and the reading of the reply are the original's (`src/utils.py`: `format_grade_prompts`, `parse_yes_no`). One departure: a
+reply that says neither yes nor no, like a call that failed, is "ungraded" (None) and never "no".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from seal_jax.config import GradeConfig
+from seal_jax.errors import SealError
+from seal_jax.tasks.base import Prompt
+
+# Answers prompts, in their order; the engine samples greedily and stops after a few tokens.
+Generate = Callable[[list[Prompt]], list[str]]
+
+GRADE_PROMPT = (
+    "You are a grading assistant. Your job is to determine whether a student's answer correctly answers the question based solely on "
+    "the provided gold answer. Do not use any outside knowledge. The student answer can include additional information, but it must "
+    "at least fully convey the gold answer and must not contradict it. Ignore style, phrasing, or extra details that do not affect "
+    "correctness. Respond ONLY with 'yes' or 'no'.\n\n"
+    "Question: {question}\nGold answer: {gold}\nStudent answer: {prediction}\n"
+    "Is the student answer correct based solely on the gold answer? Respond 'yes' or 'no'."
+)
+
+_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradeItem:
+    """One answer to judge. `question` stands alone, without the line that names its topic."""
+
+    title: str
+    question: str
+    gold: str
+    prediction: str
+
+    @property
+    def topic_question(self) -> str:
+        """The question as graders read it, under the title of its passage."""
+        return f"Topic: {self.title}\n{self.question}"
+
+    @property
+    def blank(self) -> bool:
+        """Whether nothing was answered; that is wrong without asking anyone."""
+        return not self.prediction.strip()
+
+
+class Grader(Protocol):
+    """Judges answers against references."""
+
+    name: str
+
+    def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
+        """One verdict an item, in their order; None where the grader could not tell. Blank predictions are False."""
+        ...
+
+
+def grade_prompt(question: str, gold: str, prediction: str) -> str:
+    """What a model is asked about one answer. `question` has its topic line; `prediction` is stripped here."""
+    # One pass of `format` over our own template: the values are never themselves read as templates.
+    return GRADE_PROMPT.format(question=question, gold=gold, prediction=prediction.strip())
+
+
+def item_prompt(item: GradeItem) -> str:
+    """`grade_prompt` of an item."""
+    return grade_prompt(item.topic_question, item.gold, item.prediction)
+
+
+def parse_yes_no(text: str) -> bool:
+    """Whether a reply says yes: it has the word "yes" and not the word "no"."""
+    words = {word.lower() for word in _YES_NO.findall(text)}
+    return words == {"yes"}
+
+
+def verdict_of(text: str) -> bool | None:
+    """`parse_yes_no`, but None for a reply that has neither word."""
+    return parse_yes_no(text) if _YES_NO.search(text) else None
+
+
+def build(grade_config: GradeConfig, generate: Generate | None = None) -> Grader:
+    """The grader that the configuration names; "judge" needs `generate`. Raises `SealError` for a name or a setting that cannot work."""
+    # Imported here, so that the offline grader needs none of the packages of the others.
+    if grade_config.name == "match":
+        from seal_jax.grade.match import MatchGrader
+
+        return MatchGrader(grade_config.threshold)
+    if grade_config.name == "judge":
+        from seal_jax.grade.judge import JudgeGrader
+
+        if generate is None:
+            raise SealError("grade.name=judge: needs a model to answer with, but none is loaded here; use 'match' or 'endpoint'")
+        return JudgeGrader(generate)
+    if grade_config.name == "endpoint":
+        from seal_jax.grade.endpoint import EndpointGrader
+
+        return EndpointGrader(grade_config)
+    raise SealError(f"grade.name={grade_config.name!r}: expected one of match, judge, endpoint")

@@ -1,0 +1,225 @@
+"""The decoder of Llama 2/3, SmolLM2, Qwen2/2.5 and Qwen3 as pure Flax Linen modules.
+
+Two variable collections: `params` is frozen and shared by every edit; `lora` holds an adapter, and only the projections that it names
+get one (`seal_jax.models.lora`). Many adapters at once are a `jax.vmap` over `lora`, tokens and cache with `params` unmapped: the frozen
+products then merge the edits into rows, and only the low-rank products stay batched.
+
+Device code: arrays in, arrays out. Shapes: B rows, T tokens, D hidden, V vocabulary, N layers, H heads, G key-value heads, h head width,
+S cache positions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seal_jax.models.spec import DecoderSpec
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer. A row's entry at position p is valid once p has been written."""
+
+    k: jax.Array  # [N, B, G, h, S]; positions last: a query's products with all keys then run along memory
+    v: jax.Array  # [N, B, G, S, h]
+
+
+def empty_cache(spec: DecoderSpec, rows: int, length: int, dtype: jnp.dtype) -> Cache:
+    """A cache of zeros for `rows` rows of at most `length` positions."""
+    shape, h = (spec.num_layers, rows, spec.num_kv_heads), spec.head_dim
+    return Cache(jnp.zeros((*shape, h, length), dtype), jnp.zeros((*shape, length, h), dtype))
+
+
+def rope_frequencies(spec: DecoderSpec) -> np.ndarray:
+    """The inverse frequencies [h/2] of rotary position embedding, scaled as the model's config says (Llama 3.1's rule, or linear)."""
+    frequencies = 1.0 / spec.rope_theta ** (np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32)
+    wavelength = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = np.clip((scaling.original_max_position / wavelength - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * frequencies / scaling.factor + smooth * frequencies).astype(np.float32)
+
+
+def rope_tables(spec: DecoderSpec, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [B, T, 1, h/2] float32 for `positions` [B, T]."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(spec)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of `x` [B, T, heads, h], halves paired as in the Hugging Face weight layout."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+    """Causal attention of `q` [B, T, H, h] at `positions` [B, T] over keys [B, G, h, S] and values [B, G, S, h] at positions 0 .. S-1.
+
+    A key is seen by the queries at its own and later positions, so that what lies beyond a row's last written position is never
+    read. Softmax in float32. Returns [B, T, H, h].
+    """
+    rows, count, heads, width = q.shape
+    groups, length = k.shape[1], k.shape[3]
+    q = q.reshape(rows, count, groups, heads // groups, width)
+    visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
+    hidden = jnp.finfo(jnp.float32).min
+    if count == 1:
+        # Decoding: products and sums that fuse into one pass over the cache; as many tiny matrix products it is several times slower.
+        each = q[:, 0, ..., None].astype(jnp.float32)  # [B, G, H/G, h, 1]
+        logits = jnp.sum(each * k[:, :, None].astype(jnp.float32), axis=-2) * (1.0 / math.sqrt(width))
+        weights = jax.nn.softmax(jnp.where(visible[:, None], logits, hidden), axis=-1)
+        out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=-2).astype(v.dtype)
+        return out.reshape(rows, count, heads, width)
+    logits = jnp.einsum("btgrh,bghs->bgrts", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
+    logits = jnp.where(visible[:, None, None], logits, hidden)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(rows, count, heads, width)
+
+
+class RMSNorm(nn.Module):
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x @ kernel (+ bias) (+ x @ a @ b, if the collection `lora` holds this projection). Compute dtype: that of `x`."""
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    spec: DecoderSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, cache: Cache | None, layer: jax.Array) -> tuple[jax.Array, Cache | None]:
+        s = self.spec
+        rows, count, _ = x.shape
+
+        def heads(name: str, number: int) -> jax.Array:
+            return Linear(number * s.head_dim, s.qkv_bias, name=name)(x).reshape(rows, count, number, s.head_dim)
+
+        q, k, v = heads("q_proj", s.num_heads), heads("k_proj", s.num_kv_heads), heads("v_proj", s.num_kv_heads)
+        if s.qk_norm:
+            q, k = RMSNorm(s.norm_eps, name="q_norm")(q), RMSNorm(s.norm_eps, name="k_norm")(k)
+        cos, sin = rope_tables(s, positions)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
+        else:
+            row = jnp.arange(rows)[:, None]
+            # The whole cache is carried through the layers and written in place; as a scanned input and output it would be copied.
+            cache = Cache(
+                cache.k.at[layer, row, :, :, positions].set(k.astype(cache.k.dtype), mode="drop"),
+                cache.v.at[layer, row, :, positions].set(v.astype(cache.v.dtype), mode="drop"),
+            )
+            keys, values = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(x.dtype) for c in cache)
+        with jax.named_scope("attend"):
+            out = attend(q, keys, values, positions)
+        out = Linear(x.shape[-1], name="o_proj")(out.reshape(rows, count, s.num_heads * s.head_dim))
+        return out, cache
+
+
+class Mlp(nn.Module):
+    spec: DecoderSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Linear(self.spec.intermediate_size, name="gate_proj")(x)
+        up = Linear(self.spec.intermediate_size, name="up_proj")(x)
+        return Linear(x.shape[-1], name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: carry -> carry, with the layer's number as the scanned input."""
+
+    spec: DecoderSpec
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, layer: jax.Array) -> tuple[Any, None]:
+        x, cache = carry
+        attended, cache = Attention(self.spec, name="attn")(RMSNorm(self.spec.norm_eps, name="input_norm")(x), positions, cache, layer)
+        x = x + attended
+        x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x))
+        return (x, cache), None
+
+
+class Embed(nn.Module):
+    spec: DecoderSpec
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.spec.vocab_size, self.spec.hidden_size))
+        return jnp.take(table, tokens, axis=0)
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states. The head is `logits`, apart, so that a loss can take it in chunks and decoding only at the last token."""
+
+    spec: DecoderSpec
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] after the last norm, for `tokens` [B, T] int32 at `positions` [B, T] (default 0 .. T-1).
+
+        Without a cache, tokens see the earlier ones of their row. With one, keys and values are written at `positions` (those past its
+        end are dropped) and tokens see all of their row's entries up to their own position; the new cache is returned.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.spec.num_layers,
+        )
+        x = Embed(self.spec, name="embed")(tokens).astype(self.dtype)
+        (x, cache), _ = layers(self.spec, name="layers")((x, cache), positions, jnp.arange(self.spec.num_layers))
+        x = RMSNorm(self.spec.norm_eps, name="final_norm")(x)
+        if self.is_initializing() and not self.spec.tie_embeddings:
+            Linear(self.spec.vocab_size, name="lm_head")(x)
+        return x, cache
+
+
+def head(params: Any) -> jax.Array:
+    """The output embedding [V, D]: the token embedding itself where the model ties them."""
+    return params["lm_head"]["kernel"].T if "lm_head" in params else params["embed"]["embedding"]
+
+
+def logits(params: Any, hidden: jax.Array) -> jax.Array:
+    """Logits [..., V] float32 of hidden states [..., D]."""
+    return jnp.einsum("...d,vd->...v", hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)

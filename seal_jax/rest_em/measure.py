@@ -1,0 +1,114 @@
+"""Measure a group of contexts: sample self-edits, fit an adapter for each and each seed at once, answer, grade.
+
+The E-step of ReST-EM and the evaluation both are this; they differ in which methods stand beside the self-edits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from seal_jax.rest_em.policy import Adapted, Edit, Key, Policy
+from seal_jax.tasks.base import Context, Score, Task, TrainingSet
+
+NONE = "no adaptation"
+
+
+def measure(
+    policy: Policy, task: Task, contexts: Sequence[Context], *, key: Key, edits: int, seeds: int, baselines: bool, what: str = ""
+) -> dict[str, Any]:
+    """The record of one group: for each context what every method answered and earned, over `seeds` inner-loop seeds.
+
+    `edits` self-edits are sampled a context (K). `baselines` adds the task's own training sets (the passage alone). `key` names the
+    random draws, together with context, candidate and seed. The bare policy answers once a context, not once a trial.
+    """
+    clock = Clock()
+    with clock("sample"):
+        keys = [[(*key, context.id, k) for k in range(edits)] for context in contexts]
+        texts = policy.write([task.edit_prompt(c) for c in contexts], keys, f"writing self-edits{what}")
+    trials: list[tuple[int, str | int, int, TrainingSet]] = []  # (context, method or candidate, seed, data)
+    sets: list[list[TrainingSet]] = []
+    for i, context in enumerate(contexts):
+        methods: dict[str | int, TrainingSet] = dict(task.baselines(context)) if baselines else {}
+        sets.append([task.training_set(context, text) for text in texts[i]])
+        methods.update({k: t for k, t in enumerate(sets[-1]) if t.problem is None})
+        trials += [(i, method, seed, data) for method, data in methods.items() for seed in range(seeds)]
+    probes = [tuple(task.probes(c)) for c in contexts]
+    with clock("adapt"):
+        adapted = policy.adapt([Edit((*key, contexts[i].id, m, s), data, probes[i]) for i, m, s, data in trials], what)
+    with clock("bare"):
+        bare = policy.answer(probes, what=f"answering without adaptation{what}")
+    with clock("grade"):
+        outputs = [*((contexts[i], a.outputs) for (i, *_), a in zip(trials, adapted, strict=True)), *zip(contexts, bare, strict=True)]
+        scores = task.score(outputs)
+    results = {(i, m, s): _trial(s, a, score) for (i, m, s, _), a, score in zip(trials, adapted, scores, strict=False)}
+    plain = [_trial(0, Adapted(tuple(o), np.zeros(0)), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
+    records = []
+    for i, context in enumerate(contexts):
+        methods = {NONE: [plain[i]]}
+        for method in task.baselines(context) if baselines else ():
+            methods[method] = [results[i, method, s] for s in range(seeds)]
+        records.append(
+            {
+                "id": context.id,
+                "title": context.title,
+                "passage": task.text(context),
+                "questions": [list(pair) for pair in task.describe(context)],
+                "methods": methods,
+                "edits": [
+                    _edit(k, text, data, [results[i, k, s] for s in range(seeds) if (i, k, s) in results])
+                    for k, (text, data) in enumerate(zip(texts[i], sets[i], strict=True))
+                ],
+            }
+        )
+    return {"contexts": records, "seconds": clock.seconds}
+
+
+def _trial(seed: int, adapted: Adapted, score: Score) -> dict[str, Any]:
+    losses = [float(x) for x in adapted.losses]
+    return {
+        "seed": seed,
+        "outputs": list(adapted.outputs),
+        "verdicts": list(score.verdicts),
+        "reward": score.reward,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "steps": len(losses),
+    }
+
+
+def _edit(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """An unusable self-edit earns 0; one that could not be graded has no reward."""
+    rewards = [t["reward"] for t in trials if t["reward"] is not None]
+    return {
+        "candidate": candidate,
+        "text": text,
+        "problem": data.problem,
+        "dropped": data.dropped,
+        "sequences": [s.prompt + s.completion for s in data.sequences],
+        "trials": trials,
+        "reward": 0.0 if data.problem else float(np.mean(rewards)) if rewards else None,
+    }
+
+
+class Clock:
+    """Seconds spent by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage: tuple[str, float] | None = None
+
+    def __call__(self, stage: str) -> Clock:
+        self._stage = (stage, time.monotonic())
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        assert self._stage is not None
+        stage, start = self._stage
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)

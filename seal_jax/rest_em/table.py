@@ -1,0 +1,96 @@
+"""The result table: accuracies over contexts with bootstrap intervals. Host code, numpy only.
+
+Source: the paper's Table 2, whose figures are means of article means. Added here: best of K chosen on one inner-loop seed and scored on the
+others (chosen and scored on the same trial, the best of K noisy rewards looks better than any of the edits is), and 95 % intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from seal_jax import rng
+
+NONE = "no adaptation"
+EDIT = "passage + self-edit"
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean of `values` [n], resampled over contexts with replacement."""
+    draws = rng.generator(seed, "bootstrap").integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None
+
+
+def best_of_k(context: Mapping[str, Any], seeds: int) -> float | None:
+    """The reward of the self-edit that is best on seed 0 (the first of equals), over the other seeds; over seed 0 if it is the only one."""
+    first = {e["candidate"]: (0.0 if e["problem"] else e["trials"][0]["reward"]) for e in context["edits"]}
+    known = [k for k, reward in first.items() if reward is not None]
+    if not known:
+        return None
+    winner = max(known, key=lambda k: first[k])
+    edit = next(e for e in context["edits"] if e["candidate"] == winner)
+    if edit["problem"]:
+        return 0.0
+    return _mean([t["reward"] for t in (edit["trials"][1:] if seeds > 1 else edit["trials"])])
+
+
+def rows(contexts: Sequence[Mapping[str, Any]], policy: str, seeds: int, edits: int) -> list[dict[str, Any]]:
+    """Per context values of every method, as rows without intervals: {"method", "policy", "statistic", "values", "ungraded"}."""
+    methods = list(contexts[0]["methods"])
+    found = [_row(m, policy, "single", [_mean([t["reward"] for t in c["methods"][m]]) for c in contexts],
+                  _ungraded(t for c in contexts for t in c["methods"][m])) for m in methods]  # fmt: skip
+    if edits:
+        ungraded = _ungraded(t for c in contexts for e in c["edits"] for t in e["trials"])
+        found.append(_row(EDIT, policy, "mean of K", [_mean([e["reward"] for e in c["edits"]]) for c in contexts], ungraded))
+        if edits > 1:
+            found.append(_row(EDIT, policy, "best of K", [best_of_k(c, seeds) for c in contexts], ungraded))
+    return found
+
+
+def _row(method: str, policy: str, statistic: str, values: list[float | None], ungraded: int) -> dict[str, Any]:
+    return {"method": method, "policy": policy, "statistic": statistic, "values": values, "ungraded": ungraded}
+
+
+def _ungraded(trials: Any) -> int:
+    return sum(v is None for t in trials for v in t["verdicts"])
+
+
+def table(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]], *, seeds: int, edits: int, resamples: int, seed: int, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The table of the evaluations `groups` (policy name -> its contexts' records; all of the same contexts).
+
+    `gain` is over "no adaptation" of the first policy, paired by context.
+    """
+    found = [row for policy, contexts in groups.items() if contexts for row in rows(contexts, policy, seeds, edits)]
+    first = next(iter(groups.values()))
+    reference = found[0]["values"]
+    questions = sum(len(c["questions"]) for c in first)
+    result = []
+    for row in found:
+        values = row.pop("values")
+        known = np.asarray([v for v in values if v is not None], np.float64)
+        paired = np.asarray([v - r for v, r in zip(values, reference, strict=True) if v is not None and r is not None], np.float64)
+        row.update(contexts=len(known), questions=questions, mean=None, low=None, high=None, gain=None, gain_low=None, gain_high=None)
+        if len(known):
+            row["mean"] = float(known.mean())
+            row["low"], row["high"] = bootstrap(known, resamples, seed)
+        if len(paired) and values is not reference:
+            row["gain"] = float(paired.mean())
+            row["gain_low"], row["gain_high"] = bootstrap(paired, resamples, seed)
+        result.append(row)
+    said = [
+        f"accuracy: mean over contexts of the share of questions answered right; [95 % bootstrap interval over contexts, {resamples} resamples]"
+    ]
+    if edits > 1:
+        scored = "the other seeds" if seeds > 1 else "the same seed (optimistic: there is only one)"
+        said.append(f"best of K: of {edits} self-edits the best on seed 0, scored on {scored}")
+    return {"rows": result, "notes": [*said, *notes]}

@@ -1,0 +1,120 @@
+"""Adapters on disk, through orbax-checkpoint: a tree of arrays and a JSON object, there and whole or not there.
+
+A checkpoint is a folder that any orbax `PyTreeCheckpointer` restores, with one file more, `manifest.json`: the metadata, and the size and
+digest of each other file. Orbax reports a damaged file in many ways, some of them from its own threads; the manifest tells first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from seal_jax.errors import SealError
+from seal_jax.runs import files
+
+MANIFEST = "manifest.json"
+
+
+def save_adapters(folder: str | os.PathLike[str], tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes `tree` (nested dicts with text keys; JAX or numpy arrays, any shapes; dtypes kept) and `metadata` (JSON data) at `folder`.
+
+    What was at `folder` is replaced. All is written to a folder beside it, which is renamed when the whole is on the disk. Raises
+    `SealError` if it cannot be written; `folder` is then as before.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))  # orbax wants absolute paths
+    arrays = jax.tree.map(np.asarray, jax.device_get(dict(tree)))
+    staging = folder.with_name(f".{folder.name}.new")
+    _remove(staging)
+    try:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(staging, arrays)
+    except Exception as error:  # a full disk comes as OSError, ValueError or RuntimeError, by the layer that meets it
+        _remove(staging)
+        raise SealError(
+            f"{folder}: cannot write the checkpoint: {_reason(error)}; "
+            "nothing finished is lost: free space or fix the folder, then run the same command again to go on"
+        ) from None
+    try:
+        with files.faults(folder):
+            digests = {}
+            for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    digests[path.relative_to(staging).as_posix()] = [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+            files.write_atomic(staging / MANIFEST, files.dump({"metadata": dict(metadata), "files": digests}))
+            for parent, _, _ in os.walk(staging):
+                files.sync_folder(pathlib.Path(parent))
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(staging, folder)
+            files.sync_folder(folder.parent)
+    except SealError:
+        _remove(staging)
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the tracebacks that orbax's threads log off the screen; it raises the same errors, which are told in one line."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """The error of the operating system, where orbax's long message carries one; else the message's beginning, on one line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])).lower() if code else " ".join(str(error).split())[:300]
+
+
+def _remove(staging: pathlib.Path) -> None:
+    """Removes what a killed or failed save left, orbax's own temporary folder included."""
+    for left in staging.parent.glob(f"{staging.name}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def is_complete(folder: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint of `save_adapters` is at `folder`, with all of its files at their sizes."""
+    return _manifest(pathlib.Path(folder)) is not None
+
+
+def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        whole = all((folder / name).stat().st_size == size for name, (size, _) in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole and isinstance(manifest.get("metadata"), dict) else None
+
+
+def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tree (numpy arrays) and the metadata that `save_adapters` wrote at `folder`. Raises `SealError` if they are not there whole."""
+    folder = pathlib.Path(os.path.abspath(folder))
+    if (manifest := _manifest(folder)) is None:
+        raise SealError(f"{folder}: no finished checkpoint here; continue the run to have it computed")
+    try:
+        for name, (_, digest) in manifest["files"].items():
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise SealError(f"{folder}: damaged checkpoint ({name} has changed); delete this folder and continue the run")
+        # Saved as numpy arrays, they are restored as such: no device is asked for, and any machine can read any other's.
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(folder), manifest["metadata"]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SealError(f"{folder}: cannot read the checkpoint: {_reason(error)}") from None

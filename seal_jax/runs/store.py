@@ -1,0 +1,337 @@
+"""The folder of a run: results by unit of work, so that a killed run goes on by computing what has no file yet.
+
+    config.yaml       the resolved configuration
+    versions.json     packages, platform and devices of the run's first process
+    events.jsonl      what happened when (`seal_jax.runs.events`)
+    <unit>.json       the result of a unit, say rounds/1/e_step/000.json; there and whole, or not there
+    policy/1/         the policy's adapter after round 1 (`seal_jax.runs.checkpoint`)
+
+A run is a pure function of its configuration, and a unit is computed from that and from earlier units alone. So a run that was stopped
+at any moment, by SIGKILL too, and went on has the files of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import fnmatch
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from seal_jax import __version__
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.runs import files
+from seal_jax.runs.events import EventLog, WarningEvents
+
+CONFIG, VERSIONS, EVENTS, LOCK = "config.yaml", "versions.json", "events.jsonl", "lock"
+_OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
+
+# Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
+# speed: by the rule that no result depends on its neighbours, slots or devices, the latter move results by rounding only.
+FREE_KEYS = (
+    *("name", "run_dir"),
+    *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
+    *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows", "m_step.microbatch"),
+)
+
+
+class RunStore:
+    """The results in a run folder. Made directly it only reads; `create_or_open` gives one that computes and writes as well.
+
+    As a context manager it logs "finished", or "stopped" with the error, at the end of the block, and unlocks the folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = pathlib.Path(folder)
+        self._events: EventLog | None = None  # None: reads only
+        self._warnings: WarningEvents | None = None
+        self._lock = -1
+
+    @classmethod
+    def create_or_open(cls, folder: str | os.PathLike[str], config: config_lib.RunConfig) -> RunStore:
+        """Makes the run folder, or opens it to go on with the same configuration, and locks it until `close` or the process's end.
+
+        Raises `SealError` if the folder is another thing than a run, belongs to a run of another configuration (the first key that
+        differs is named; `FREE_KEYS` may), is in use by another process, or cannot be written.
+        """
+        self = cls(folder)
+        _is_run(self.folder)  # before the lock file is made: a folder that is no run stays as it is
+        with files.faults(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lockable = self._acquire()
+        try:
+            existed = _is_run(self.folder)
+            changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder) if existed else {}
+            with files.faults(self.folder):
+                for left in self.folder.rglob(f".*{files.TEMPORARY}"):
+                    left.unlink(missing_ok=True)
+            before = now = versions()
+            try:
+                before = read_unit(self.folder / VERSIONS)
+            except (Missing, Damaged):
+                files.write_atomic(self.folder / VERSIONS, files.dump(now))
+            if changed or not existed:  # last: with it the folder is a run
+                files.write_atomic(self.folder / CONFIG, config_lib.to_yaml(config).encode())
+            self._events = EventLog(self.folder / EVENTS)
+            self._warnings = WarningEvents(self._events)
+            logging.getLogger("seal_jax").addHandler(self._warnings)
+            self.log("opened" if existed else "created", seal_jax=__version__, pid=os.getpid(), host=socket.gethostname())
+            if not lockable:
+                self.log("unlocked", reason="the file system has no locks; see that one process works on this run at a time")
+            if changed:
+                self.log("config_changed", changes=changed)
+            if differs := {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}:
+                self.log("versions_changed", changes=differs)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _acquire(self) -> bool:
+        """Locks the folder; the kernel unlocks it when the process ends, however it ends. False: the file system knows no locks."""
+        with files.faults(self.folder / LOCK):
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            for tries in range(10, -1, -1):  # half a second: `in_use` takes the lock for a moment, and a killed process is slow to die
+                try:
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not tries:
+                        raise
+                    time.sleep(0.05)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
+            self.close()
+            raise SealError(
+                f"{self.folder}: in use by another process{f' ({owner})' if owner else ''}; wait for its end or stop it, then try again"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                self.close()
+                raise SealError(f"{self.folder / LOCK}: cannot lock: {error.strerror}") from None
+            return False
+        with files.faults(self.folder / LOCK):
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return True
+
+    def log(self, event: str, /, **fields: Any) -> None:
+        """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""
+        assert self._events is not None, "writing needs a store from create_or_open()"
+        self._events.append(event, **fields)
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of the unit `name` ("rounds/1/e_step/000"): read if there, else computed and written.
+
+        The result is JSON data and comes back as read from the file in both cases, so that going on equals not stopping; NaN comes back
+        as None. A damaged file is set aside as `<name>.json.damaged` and the unit computed anew. Raises `SealError` if it cannot be
+        written; what `compute` raises passes through.
+        """
+        path = self._path(name)
+        found = self._find(path)
+        if found is not None:
+            self.log("unit_reused", unit=name)
+            return found
+        start = time.monotonic()
+        result = compute()
+        if not isinstance(result, dict):
+            raise TypeError(f"unit {name}: expected a dict, computed {type(result).__name__}")
+        seconds = time.monotonic() - start
+        data = files.dump(result)
+        files.write_atomic(path, data)
+        self.log("unit_done", unit=name, seconds=round(seconds, 3), bytes=len(data))
+        return json.loads(data)
+
+    def _find(self, path: pathlib.Path) -> dict[str, Any] | None:
+        try:
+            return read_unit(path)
+        except Missing:
+            return None
+        except Damaged as error:
+            aside = path.with_name(path.name + ".damaged")
+            with files.faults(path):
+                os.replace(path, aside)
+            self.log("unit_damaged", unit=self._name(path), moved_to=aside.name, problem=str(error))
+            return None
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The result of the unit `name`. Raises `SealError` if there is none, or it is damaged."""
+        return read_unit(self._path(name))
+
+    def has(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def names(self, prefix: str = "") -> list[str]:
+        """The units there are under `prefix` ("rounds/1/e_step/"), numbers in names in order of size."""
+        root = self.folder / prefix.rpartition("/")[0]
+        found = (self._name(path) for path in root.rglob("*.json") if path.name != VERSIONS and not path.name.startswith("."))
+        units = [name for name in found if name.startswith(prefix) and not name.startswith("policy/")]  # policy/: orbax's own files
+        return sorted(units, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+    def _path(self, name: str) -> pathlib.Path:
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name, re.ASCII) or name == "versions":
+            raise ValueError(f"{name!r}: not the name of a unit")
+        return self.folder / f"{name}.json"
+
+    def _name(self, path: pathlib.Path) -> str:
+        return path.relative_to(self.folder).as_posix().removesuffix(".json")
+
+    def close(self) -> None:
+        """Closes the log and unlocks the folder."""
+        if self._warnings is not None:
+            logging.getLogger("seal_jax").removeHandler(self._warnings)
+            self._warnings = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> RunStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._events is None:
+                pass  # closed within the block
+            elif kind is None:
+                self.log("finished")
+            else:
+                text = " ".join(str(error).split())
+                reason = text if kind is SealError else f"{kind.__name__}: {text}" if text else kind.__name__
+                self.log("stopped", error=reason)
+        except SealError:
+            if kind is None:
+                raise  # otherwise the first error is the one to read
+        finally:
+            self.close()
+
+
+class Missing(SealError):
+    """A unit without a file."""
+
+
+class Damaged(SealError):
+    """A unit whose file is not what was written."""
+
+
+def read_unit(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises `Missing`, `Damaged`, or `SealError` if it cannot be read."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Missing(f"{path}: no such file; the run has not come so far, or this is not its folder") from None
+    except OSError as error:
+        raise SealError(f"{path}: cannot read: {(error.strerror or str(error)).lower()}") from None
+    except ValueError as error:
+        raise Damaged(f"{path}: damaged, not JSON ({error}); continue the run to have it computed anew") from None
+    if not isinstance(data, dict):
+        raise Damaged(f"{path}: damaged, not a JSON object; continue the run to have it computed anew")
+    return data
+
+
+def in_use(folder: str | os.PathLike[str]) -> bool:
+    """Whether some process, this one included, works on the run in `folder`."""
+    try:
+        with open(pathlib.Path(folder) / LOCK, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    """True: a run. False: a folder to make one in (not there, empty, or left by a run killed while it was made)."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise SealError(f"{folder}: cannot be a run folder: {(error.strerror or str(error)).lower()}; choose another run_dir") from None
+    if CONFIG in names and VERSIONS in names:
+        return True
+    if foreign := sorted(name for name in names if not any(fnmatch.fnmatch(name, own) for own in _OWN)):
+        raise SealError(f"{folder}: not empty and not a run (it holds {foreign[0]!r}); choose another run_dir or empty it")
+    return False
+
+
+def _compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path) -> dict[str, list[Any]]:
+    """The `FREE_KEYS` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
+    before, after = _flatten(config_lib.to_dict(old)), _flatten(config_lib.to_dict(new))
+    changed = {}
+    for key in {**after, **before}:
+        values = [before.get(key), after.get(key)]
+        if values[0] == values[1]:
+            continue
+        if not any(fnmatch.fnmatch(key, free) for free in FREE_KEYS):
+            raise SealError(
+                f"{folder}: holds a run with {key}={values[0]!r}, the config has {key}={values[1]!r}; "
+                "continue with the run's own config, or choose another run_dir"
+            )
+        changed[key] = values
+    return changed
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in data.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+@functools.cache
+def versions() -> dict[str, Any]:
+    """What the results may depend on besides the configuration: packages, platform, devices, the commit of a checkout."""
+    import jax  # here, because it starts the accelerator
+
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "transformers", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    devices = jax.devices()
+    return {
+        **found,
+        "seal_jax": __version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "backend": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of the checkout that this package runs from, "-dirty" if files differ from it; None if there is no checkout."""
+    root = pathlib.Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip() or None

@@ -1,0 +1,89 @@
+"""Every prompt of the knowledge task, and nothing else: to change a wording, change it here.
+
+The styles of the original (arXiv 2506.10943, appendix B; `make_squad_data.py` and `utils.py` of its code) are raw text for base models,
+its "instruct" styles carry Qwen's chat markup in the text. `facts` and `chat` are ours: messages, which the model's own chat template
+renders, worded for small chat models.
+"""
+
+from __future__ import annotations
+
+from seal_jax.tasks.base import Prompt
+
+_READ = "Let's read the following passage and "
+_PASSAGE = "\n\nPassage:\n{title}\n{context}\n\n"
+
+# What the policy reads to write a self-edit: raw text with the fields {title} and {context}.
+EDIT_TEXTS = {
+    "implications": _READ
+    + "produce a list of implications derived directly or indirectly from the content."
+    + _PASSAGE
+    + "Implications:\n",
+    "implications-long": _READ
+    + "produce a long list of implications derived directly or indirectly from the content."
+    + _PASSAGE
+    + "Implications:\n",
+    "implications-very-long": _READ
+    + "produce a very long list of implications derived directly or indirectly from the content."
+    + _PASSAGE
+    + "Implications:\n",
+    "rewrite": _READ + "rewrite it in a few different ways, each one separated by a newline." + _PASSAGE + "Rewritten passages:\n",
+    "self-qa": _READ + "rewrite it in a question-answer format." + _PASSAGE + "Question 1: ",
+    # The space before <|im_end|> is the original's.
+    "instruct": "<|im_start|>system\nYou are an assistant tasked with analyzing the provided passage and producing a list of implications "
+    "derived directly or indirectly from the content. <|im_end|>\n<|im_start|>user\n{title}\n{context}<|im_end|>\n"
+    "<|im_start|>assistant\n",
+}
+
+# The same as chat: (role, content with {title} and {context}).
+EDIT_MESSAGES = {
+    "facts": (
+        (
+            "user",
+            "Rewrite the passage below as a list of short, simple sentences.\n"
+            "Each sentence states exactly one fact from the passage and stands on its own line.\n"
+            "Repeat the full names in every sentence. Never write it, he, she, they or this.\n"
+            "Keep every name, number, date and place.\n\n"
+            "Title: {title}\nPassage: {context}",
+        ),
+    ),
+}
+
+# What the adapted model reads, with the field {question}; the passage is not in it.
+ANSWER_TEXTS = {
+    "base": "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n",
+    "instruct": "<|im_start|>system\nYou are an assistant to answer a question directly and concisely.<|im_end|>\n"
+    "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+}
+ANSWER_MESSAGES = {
+    "chat": (
+        ("system", "You answer questions directly and concisely, in a few words."),
+        ("user", "{question}"),
+    ),
+}
+
+QUESTION = "Topic: {title}\n{question}"  # a question names its passage's title, since the passage itself is absent
+
+EDIT_STYLES = (*EDIT_MESSAGES, *EDIT_TEXTS)
+ANSWER_STYLES = (*ANSWER_MESSAGES, *ANSWER_TEXTS)
+
+
+def edit_prompt(style: str, title: str, context: str) -> Prompt:
+    """The prompt of one of `EDIT_STYLES`: what the policy reads to write a self-edit about a passage."""
+    return _fill(style, EDIT_TEXTS, EDIT_MESSAGES, title=title, context=context)
+
+
+def answer_prompt(style: str, question: str) -> Prompt:
+    """The prompt of one of `ANSWER_STYLES` for a question, as `topic_question` writes it."""
+    return _fill(style, ANSWER_TEXTS, ANSWER_MESSAGES, question=question)
+
+
+def topic_question(title: str, question: str) -> str:
+    """The question as it is asked without the passage (`query_server.py`, `evaluate_completion`)."""
+    return QUESTION.format(title=title, question=question)
+
+
+def _fill(style: str, texts: dict[str, str], messages: dict[str, tuple[tuple[str, str], ...]], **fields: str) -> Prompt:
+    # str.format does not look into what it inserts, so that braces in a passage stay as they are.
+    if style in texts:
+        return Prompt(text=texts[style].format(**fields))
+    return Prompt(messages=tuple({"role": role, "content": content.format(**fields)} for role, content in messages[style]))

@@ -1,0 +1,104 @@
+"""The knowledge task: a passage is to be remembered, and questions about it are asked without it (arXiv 2506.10943, section 3.1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from seal_jax.errors import SealError
+from seal_jax.tasks.base import Context, Prompt, Score, TrainingSet, TrainSequence
+from seal_jax.tasks.knowledge import prompts, sequences, sources
+
+if TYPE_CHECKING:
+    from seal_jax.grade.base import Grader
+
+
+@dataclasses.dataclass
+class Config:
+    """The options of the knowledge task. Prompts default to the paper's."""
+
+    name: str = "knowledge"
+    train: str = "fictional"  # a source line, see sources.py
+    validation: str = "fictional"
+    shuffle: int | None = None  # seed of the order in which passages are taken (the original: 42); null: as stored
+    prompt: str = "implications"  # prompts.EDIT_STYLES
+    answer_prompt: str = "base"  # prompts.ANSWER_STYLES
+    split_newlines: bool = True  # one training sequence a line (or question-answer pair) of the self-edit
+    drop_headers: bool = True  # "Sure, here is ..." and the like are not trained on; false: exactly the original's sequences
+    deduplicate: bool = False  # train on equal lines once
+    include_passage: bool = True  # the passage itself is a training sequence too
+
+
+class KnowledgeTask:
+    """Implements `seal_jax.tasks.base.Task` for passages with questions."""
+
+    def __init__(self, config: Config, grader: Grader):
+        _choice("prompt", config.prompt, prompts.EDIT_STYLES)
+        _choice("answer_prompt", config.answer_prompt, prompts.ANSWER_STYLES)
+        for line in (config.train, config.validation):
+            sources.parse(line)
+        self.config = config
+        self.grader = grader
+        self._contexts: dict[str, list[Context]] = {}
+
+    def contexts(self, split: str) -> list[Context]:
+        lines = {"train": self.config.train, "validation": self.config.validation}
+        _choice("split", split, tuple(lines))
+        if split not in self._contexts:
+            self._contexts[split] = sources.load(lines[split], split, self.config.shuffle)
+        return self._contexts[split]
+
+    def edit_prompt(self, context: Context) -> Prompt:
+        return prompts.edit_prompt(self.config.prompt, context.title, context.payload["context"])
+
+    def training_set(self, context: Context, edit: str) -> TrainingSet:
+        """The self-edit's lines, then the passage, each after the title; every token carries the loss."""
+        c = self.config
+        lines, dropped = sequences.edit_lines(edit, c.split_newlines, c.drop_headers, c.deduplicate, context.title)
+        if not any(line.strip() for line in lines):
+            return TrainingSet((), problem="no usable line in the self-edit", dropped=dropped)
+        if c.include_passage:
+            lines = [*lines, context.payload["context"].strip()]
+        return TrainingSet(tuple(TrainSequence(sequences.sequence(context.title, line)) for line in lines), dropped=dropped)
+
+    def baselines(self, context: Context) -> dict[str, TrainingSet]:
+        passage = sequences.sequence(context.title, context.payload["context"].strip())
+        return {"passage only": TrainingSet((TrainSequence(passage),))}
+
+    def probes(self, context: Context) -> list[Prompt]:
+        return [
+            prompts.answer_prompt(self.config.answer_prompt, prompts.topic_question(context.title, question))
+            for question, _ in self.describe(context)
+        ]
+
+    def score(self, items: Sequence[tuple[Context, Sequence[str]]]) -> list[Score]:
+        """All answers of all contexts go to the grader in one call. Raises `ValueError` if a context has not one output a probe."""
+        from seal_jax.grade.base import GradeItem
+
+        asked = []
+        for context, outputs in items:
+            # strict: outputs that do not match the probes are the caller's mistake, and would pair answers with the wrong questions
+            for (question, gold), output in zip(self.describe(context), outputs, strict=True):
+                asked.append(GradeItem(context.title, question, gold, output.strip()))
+        verdicts = iter(self.grader.grade(asked))
+        return [Score.of([next(verdicts) for _ in outputs]) for _, outputs in items]
+
+    def text(self, context: Context) -> str:
+        return context.payload["context"]
+
+    def describe(self, context: Context) -> list[tuple[str, str]]:
+        return [(q["question"], q["answer"]) for q in context.payload["questions"]]
+
+
+def build(config: Config, grader: Grader) -> KnowledgeTask:
+    """The task of a configuration; `SealError` for a value that is not known."""
+    return KnowledgeTask(config, grader)
+
+
+def _choice(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        close = difflib.get_close_matches(str(value), known, 1, 0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise SealError(f"task.{key}={value!r} is unknown{hint}; one of: {', '.join(known)}")

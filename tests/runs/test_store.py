@@ -1,0 +1,305 @@
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.runs import store
+from seal_jax.runs.events import read_events
+from seal_jax.runs.store import RunStore
+
+
+def make_config(**changes):
+    return config_lib.build({"name": "test", "task": {"name": "knowledge"}, **changes})
+
+
+def events(folder, *names):
+    return [e for e in read_events(folder / "events.jsonl") if e["event"] in names]
+
+
+def never():
+    raise AssertionError("computed again")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "test"
+
+
+def test_creation_writes_config_and_versions(folder):
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.log("hello", n=1)
+    assert config_lib.load(folder / "config.yaml") == make_config()
+    versions = json.loads((folder / "versions.json").read_text())
+    assert {
+        "python",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "transformers",
+        "numpy",
+        "seal_jax",
+        "platform",
+        "device",
+        "devices",
+    } <= versions.keys()
+    assert versions["devices"] >= 1
+    assert [e["event"] for e in read_events(folder / "events.jsonl")] == ["created", "hello", "finished"]
+
+
+def test_once_computes_once_and_returns_what_is_in_the_file(folder):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"pair": (1, 2), "reward": float("nan"), 3: None}
+
+    with RunStore.create_or_open(folder, make_config()) as run:
+        first = run.once("rounds/1/e_step/000", compute)
+        assert first == run.once("rounds/1/e_step/000", compute)
+    with RunStore.create_or_open(folder, make_config()) as run:
+        assert run.once("rounds/1/e_step/000", compute) == first
+    assert calls == [1]
+    assert first == {"pair": [1, 2], "reward": None, "3": None}
+    assert json.loads((folder / "rounds/1/e_step/000.json").read_text()) == first
+    assert [e["unit"] for e in events(folder, "unit_done")] == ["rounds/1/e_step/000"]
+    assert len(events(folder, "unit_reused")) == 2
+
+
+def test_an_error_of_compute_passes_and_leaves_no_file(folder):
+    with pytest.raises(ZeroDivisionError), RunStore.create_or_open(folder, make_config()) as run:
+        run.once("unit", lambda: {"x": 1 / 0})
+    assert not RunStore(folder).has("unit")
+    assert events(folder, "stopped")[0]["error"] == "ZeroDivisionError: division by zero"
+    with pytest.raises(TypeError, match="unit odd: expected a dict"), RunStore.create_or_open(folder, make_config()) as run:
+        run.once("odd", lambda: [1])
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"a": ', b"[1]", b"\xff\x00"])
+def test_a_damaged_unit_is_set_aside_and_computed_anew(folder, damage):
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.once("evaluate/before/000", lambda: {"a": 1})
+    (folder / "evaluate/before/000.json").write_bytes(damage)
+    with pytest.raises(SealError, match=r"000\.json: damaged, not .*computed anew"):
+        RunStore(folder).read("evaluate/before/000")
+    with RunStore.create_or_open(folder, make_config()) as run:
+        assert run.once("evaluate/before/000", lambda: {"a": 2}) == {"a": 2}
+        assert run.names() == ["evaluate/before/000"]
+    assert (folder / "evaluate/before/000.json.damaged").read_bytes() == damage
+    assert events(folder, "unit_damaged")[0]["unit"] == "evaluate/before/000"
+
+
+def test_a_unit_that_cannot_be_read_is_not_taken_for_damaged(folder, monkeypatch):
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.once("unit", lambda: {"a": 1})
+        (folder / "unit.json").unlink()
+        (folder / "unit.json").mkdir()
+        with pytest.raises(SealError, match=r"unit\.json: cannot read: is a directory"):
+            run.once("unit", never)
+
+
+def test_read_and_names(folder):
+    with RunStore.create_or_open(folder, make_config()) as run:
+        for name in ("table", "rounds/10/e_step/000", "rounds/2/e_step/1000", "rounds/2/e_step/999", "rounds/2/m_step"):
+            run.once(name, lambda name=name: {"name": name})
+    (folder / "policy/2").mkdir(parents=True)
+    (folder / "policy/2/manifest.json").write_text("{}")
+    reader = RunStore(folder)
+    assert reader.names() == ["rounds/2/e_step/999", "rounds/2/e_step/1000", "rounds/2/m_step", "rounds/10/e_step/000", "table"]
+    assert reader.names("rounds/2/e_step/") == ["rounds/2/e_step/999", "rounds/2/e_step/1000"]
+    assert reader.names("rounds/1") == ["rounds/10/e_step/000"]
+    assert reader.names("evaluate/") == []
+    assert reader.read("rounds/2/m_step") == {"name": "rounds/2/m_step"}
+    with pytest.raises(SealError, match=r"rounds/3/m_step\.json: no such file"):
+        reader.read("rounds/3/m_step")
+    for bad in ("../config", "/etc/x", "a//b", "", ".hidden", "a/.b", "versions", "a b"):
+        with pytest.raises(ValueError, match="not the name of a unit"):
+            reader.read(bad)
+
+
+def test_another_config_is_refused_with_the_first_key_and_both_values(folder):
+    RunStore.create_or_open(folder, make_config()).close()
+    other = make_config(rest_em={"edits": 7}, fit={"lora": {"rank": 16, "targets": ["q_proj"]}})
+    with pytest.raises(SealError, match=r"runs/test: holds a run with fit\.lora\.rank=32, the config has fit\.lora\.rank=16; continue"):
+        RunStore.create_or_open(folder, other)
+    assert config_lib.load(folder / "config.yaml") == make_config()
+    RunStore.create_or_open(folder, make_config()).close()  # the refusal has unlocked the folder
+
+
+def test_keys_that_cannot_change_results_may_differ(folder):
+    RunStore.create_or_open(folder, make_config()).close()
+    other = make_config(name="renamed", grade={"retries": 9}, fit={"slots": 8}, mesh={"fsdp": 2})
+    RunStore.create_or_open(folder, other).close()
+    assert config_lib.load(folder / "config.yaml") == other
+    changes = events(folder, "config_changed")[0]["changes"]
+    assert changes["fit.slots"] == [64, 8]
+    assert changes.keys() == {"name", "run_dir", "grade.retries", "fit.slots", "mesh.fsdp"}
+
+
+def test_free_keys_are_keys(folder):
+    known = store._flatten(config_lib.to_dict(make_config()))
+    for free in store.FREE_KEYS:
+        assert any(store.fnmatch.fnmatch(key, free) for key in known), free
+
+
+def test_other_versions_are_noted(folder):
+    RunStore.create_or_open(folder, make_config()).close()
+    assert not events(folder, "versions_changed")
+    data = json.loads((folder / "versions.json").read_text())
+    (folder / "versions.json").write_text(json.dumps({**data, "jax": "0.1"}))
+    RunStore.create_or_open(folder, make_config()).close()
+    assert events(folder, "versions_changed")[0]["changes"] == {"jax": ["0.1", data["jax"]]}
+
+
+def test_a_folder_that_is_no_run_stays_as_it_is(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.yaml").write_text("name: of another program")
+    with pytest.raises(SealError, match=r"not empty and not a run \(it holds 'config\.yaml'\); choose another run_dir"):
+        RunStore.create_or_open(tmp_path, make_config())
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt"]
+    with pytest.raises(SealError, match=r"notes\.txt: cannot be a run folder: not a directory"):
+        RunStore.create_or_open(tmp_path / "notes.txt", make_config())
+
+
+def test_a_run_killed_while_it_was_made(folder, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(config_lib, "to_yaml", die)
+        with pytest.raises(KeyboardInterrupt):
+            RunStore.create_or_open(folder, make_config())
+    (folder / ".config.yaml.123.tmp").write_text("na")
+    assert sorted(os.listdir(folder)) == [".config.yaml.123.tmp", "lock", "versions.json"]
+    with RunStore.create_or_open(folder, make_config()) as run:
+        assert run.once("unit", lambda: {"a": 1}) == {"a": 1}
+    assert not list(folder.glob(".*")), "what a killed process left is removed"
+    assert next(e["event"] for e in read_events(folder / "events.jsonl")) == "created"
+
+
+def test_config_is_damaged(folder):
+    RunStore.create_or_open(folder, make_config()).close()
+    (folder / "config.yaml").write_text("task: [")
+    with pytest.raises(SealError, match=r"config\.yaml: not readable as YAML"):
+        RunStore.create_or_open(folder, make_config())
+
+
+HOLD = """
+import sys, fcntl
+file = open(sys.argv[1], "r+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time(folder):
+    with RunStore.create_or_open(folder, make_config()):
+        assert store.in_use(folder)
+        with pytest.raises(SealError, match=rf"in use by another process \(process {os.getpid()} on .*\); wait for its end"):
+            RunStore.create_or_open(folder, make_config())
+    assert not store.in_use(folder)
+    child = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"held\n"
+    assert store.in_use(folder)
+    with pytest.raises(SealError, match="in use by another process"):
+        RunStore.create_or_open(folder, make_config())
+    child.kill()
+    RunStore.create_or_open(folder, make_config()).close()  # SIGKILL unlocks; the store waits a moment for it
+    child.communicate()
+
+
+def test_a_file_system_without_locks(folder, monkeypatch):
+    def flock(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.once("unit", lambda: {})
+    assert events(folder, "unlocked")
+
+
+def test_full_disk_loses_nothing(folder):
+    with pytest.raises(SealError), RunStore.create_or_open(folder, make_config()) as run:
+        run.once("a", lambda: {"n": 1})
+        os.symlink("/dev/full", folder / f".b.json.{os.getpid()}.tmp")
+        run.once("b", lambda: {"n": 2})
+    assert "b.json: cannot write: no space left on device" in events(folder, "stopped")[0]["error"]
+    with RunStore.create_or_open(folder, make_config()) as run:
+        assert run.once("a", never) == {"n": 1}
+        assert run.once("b", lambda: {"n": 2}) == {"n": 2}
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SealError, match="not a directory"):
+        RunStore.create_or_open(tmp_path / "file" / "run", make_config())
+
+
+def test_warnings_of_the_package_go_to_the_log(folder):
+    with RunStore.create_or_open(folder, make_config()):
+        logging.getLogger("seal_jax.tasks").warning("%d items skipped", 3)
+    logging.getLogger("seal_jax.tasks").warning("after the end")
+    assert [e["message"] for e in events(folder, "warning")] == ["3 items skipped"]
+
+
+def test_read_only_store_does_not_write(folder):
+    RunStore.create_or_open(folder, make_config()).close()
+    with pytest.raises(AssertionError):
+        RunStore(folder).log("x")
+
+
+# A run of 12 units, each computed from the one before. Children are killed at another moment each until one comes to the end.
+KILL = """
+import hashlib, os, pathlib, random, signal, sys, time
+from seal_jax import config
+from seal_jax.runs import store
+store.versions = dict  # no accelerator in forked children
+folder, made = pathlib.Path(sys.argv[1]), config.build({"name": "test", "task": {"name": "knowledge"}})
+
+def work():
+    with store.RunStore.create_or_open(folder, made) as run:
+        last = "start"
+        for i in range(12):
+            last = run.once(f"rounds/1/e_step/{i:03d}", lambda: {"digest": hashlib.sha256(last.encode()).hexdigest() * 2000})["digest"]
+
+draw, killed = random.Random(0), 0
+while True:
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    time.sleep(0.001 + 0.001 * killed * draw.random())
+    os.kill(child, signal.SIGKILL)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        break
+    killed += 1
+print(killed)
+"""
+
+
+def test_killed_and_continued_equals_unbroken(tmp_path):
+    out = subprocess.run([sys.executable, "-c", KILL, tmp_path / "killed"], capture_output=True, text=True, timeout=60, check=False)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) >= 5, "too few kills to show anything"
+    broken = RunStore(tmp_path / "killed")
+    assert len(events(tmp_path / "killed", "created", "opened")) >= 3, "killed before the work began: the test shows nothing"
+    with RunStore.create_or_open(tmp_path / "unbroken", make_config()) as run:
+        last = "start"
+        for i in range(12):
+            digest = hashlib.sha256(last.encode()).hexdigest() * 2000
+            last = run.once(f"rounds/1/e_step/{i:03d}", lambda digest=digest: {"digest": digest})["digest"]
+    assert broken.names() == run.names()
+    for name in run.names():
+        assert (tmp_path / "killed" / f"{name}.json").read_bytes() == (tmp_path / "unbroken" / f"{name}.json").read_bytes()
+    assert len(events(tmp_path / "killed", "unit_damaged")) == 0
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+    assert yaml.safe_load((tmp_path / "killed" / "config.yaml").read_text())["name"] == "test"
