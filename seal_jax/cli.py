@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from seal_jax import __version__, config
 from seal_jax.config import RunConfig
@@ -19,9 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     for noisy in ("absl", "orbax", "jax", "httpx", "openai"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
-        arguments = parser().parse_args(argv)
-        return arguments.run(arguments) or 0
+        arguments, left = parser().parse_known_args(argv)
+        if left and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in left)):
+            raise SealError(f"unrecognised arguments: {' '.join(left)}; see seal-jax --help")
+        if left:  # overrides after an option
+            arguments.overrides = [*arguments.overrides, *left]
+        arguments.run(arguments)
+        sys.stdout.flush()
+        return 0
     except SealError as error:
         print(f"seal-jax: {error}", file=sys.stderr)
         return 2
@@ -31,10 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"seal-jax: {error.filename or 'standard output'}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what is wrong with the arguments in one line, as everything else is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SealError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="seal-jax", description="Language models that write their own fine-tuning data and learn from it.", allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=__version__)
@@ -46,37 +67,47 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     def configured(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made.add_argument("config", metavar="RUN_OR_CONFIG", help="a YAML config, or the folder of a run to go on with")
-        made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set, say rest_em.rounds=1")
+        made.add_argument("config", metavar="RUN_OR_CONFIG", help="a YAML config, or the folder of a run")
+        made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config keys to set, say rest_em.rounds=1")
         return made
 
-    configured(command("train", train, "run ReST-EM and print the result table; continues a run that was stopped"))
-    configured(command("evaluate", evaluate, "print the result table of a model as it is, or of a trained run's policy"))
+    configured(command("train", train, "run ReST-EM and print the result table; goes on with a run that was stopped"))
+    text = "print the result table of a config's model as it is, or of a run's policy after its last finished round"
+    configured(command("evaluate", evaluate, f"{text} (in a folder of its own, RUN-evaluate or run_dir=...)"))
     made = configured(command("generate", generate, "write self-edits and print them as JSON lines, nothing trained"))
     made.add_argument("--split", default="validation", choices=("train", "validation"))
-    made.add_argument("--limit", type=int, default=4, help="contexts (default 4)")
+    made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
     made = command("grade", grade, "how far to trust a grader: its agreement with recorded verdicts")
     made.add_argument("cases", help="recorded verdicts (JSON, gzipped or not)")
-    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the config's grade section, say name=endpoint")
+    made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the config's grade section, say name=endpoint")
     made.add_argument("--split", choices=("dev", "held"), help="only this part (by title)")
-    made.add_argument("--limit", type=int, help="about this many answers, spread over the file")
+    made.add_argument("--limit", type=_count, help="about this many answers, spread over the file")
     made = command("export", export, "write a run's policy for other programs")
     made.add_argument("run_folder", metavar="RUN")
     made.add_argument("output", metavar="FOLDER")
-    made.add_argument("--format", choices=("hf", "peft"), default="hf", help="hf: a merged model for transformers; peft: one adapter")
-    made.add_argument("--round", type=int, help="the policy after this round (default: the last; peft: that round's adapter)")
+    made.add_argument("--format", choices=("hf", "peft"), default="hf", help="hf: a merged model; peft: its adapter")
+    made.add_argument("--round", type=int, help="the policy after this round (default: the last finished one)")
     made = command("report", report, "write the report of a run, finished or not")
     made.add_argument("run_folder", metavar="RUN")
     return top
 
 
-def _config(arguments: argparse.Namespace) -> RunConfig:
-    path = pathlib.Path(arguments.config)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise SealError(f"{path}: no run in this folder (config.yaml is missing)")
-        return config.load(path / "config.yaml", [*arguments.overrides, f"run_dir={path}"])
-    return config.load(path, arguments.overrides)
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
+    return int(text)
+
+
+def _config(arguments: argparse.Namespace) -> tuple[RunConfig, pathlib.Path | None, bool]:
+    """The config, the run folder if one was given, and whether an override sets run_dir."""
+    path, overrides = pathlib.Path(arguments.config), arguments.overrides
+    chosen = any(item.startswith("run_dir=") for item in overrides)
+    if not path.is_dir():
+        return config.load(path, overrides), None, chosen
+    from seal_jax.runs.store import CONFIG, existing
+
+    settings = config.load(existing(path).folder / CONFIG, overrides)
+    return settings if chosen else dataclasses.replace(settings, run_dir=str(path)), path, chosen
 
 
 def _finish(run_dir: str, table: dict[str, object]) -> None:
@@ -88,7 +119,9 @@ def _finish(run_dir: str, table: dict[str, object]) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    settings = _config(arguments)
+    settings, run, chosen = _config(arguments)
+    if run is not None and chosen:
+        raise SealError(f"run_dir={settings.run_dir}: the run in {run} goes on where it is; leave run_dir out, or give a config")
     _say(f"seal-jax train: {settings.name}, run folder {settings.run_dir}")
     from seal_jax.rest_em import loop
 
@@ -96,25 +129,36 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    settings = _config(arguments)
+    settings, run, chosen = _config(arguments)
+    trained = None
+    if run is not None:
+        from seal_jax.runs.store import RunStore
+
+        store = RunStore(run)
+        if store.has("origin") and not chosen:  # an evaluation, to go on with
+            trained = store.read("origin")["run"]
+        elif store.has("rounds/1/m_step") or chosen:
+            trained = run
+            if not chosen:
+                settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-evaluate")
     _say(f"seal-jax evaluate: {settings.name}, run folder {settings.run_dir}")
     from seal_jax.rest_em import loop
 
-    _finish(settings.run_dir, loop.evaluate_only(settings))
+    _finish(settings.run_dir, loop.evaluate_only(settings, trained))
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    import json
-
-    settings = _config(arguments)
+    settings, run, _ = _config(arguments)
+    _say(f"seal-jax generate: {settings.name}, {arguments.limit} contexts of {arguments.split}")
     from seal_jax.rest_em import loop
 
-    for record in loop.generate(settings, arguments.split, arguments.limit):
-        print(json.dumps(record, ensure_ascii=False))
+    for record in loop.generate(settings, arguments.split, arguments.limit, run):
+        print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def grade(arguments: argparse.Namespace) -> None:
-    settings = config.build({"task": {"name": "knowledge"}}, [f"grade.{item}" for item in arguments.overrides], "grade")
+    settings = config.build({"task": {"name": "knowledge"}}, [f"grade.{item}" for item in arguments.overrides], "seal-jax grade")
+    _say(f"seal-jax grade: {settings.grade.name}, cases of {arguments.cases}")
     from seal_jax.grade import agreement
     from seal_jax.rest_em import loop
 

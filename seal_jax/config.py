@@ -20,14 +20,13 @@ from omegaconf import OmegaConf
 
 from seal_jax.errors import SealError
 
-
 # Spaced by at most 3/2 up to 256, where nearly all sequences of a knowledge edit are (p50 29, p99 255 tokens).
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, or a local folder of safetensors
+    name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, a local folder of safetensors, or a GGUF file
     dtype: str = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, bfloat16 on an accelerator
     max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
     remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keep products only), "full"
@@ -35,9 +34,11 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class LoraConfig:
-    rank: int = 32
-    alpha: float = 64.0
-    targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])
+    """A low-rank adapter (Hu et al. 2021)."""
+
+    rank: int = 32  # of the adapter's product
+    alpha: float = 64.0  # the adapter's product is scaled by alpha / rank
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])  # which linear layers get one, of all blocks
 
 
 @dataclasses.dataclass
@@ -45,12 +46,12 @@ class FitConfig:
     """The inner loop, one adapter an edit. All but `targets` and `tokens_per_step` may differ between edits of one program."""
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of AdamW, at its highest
     schedule: str = "linear"  # "constant", "linear" or "cosine", to 0 over the edit's own steps
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    epochs: int = 10
+    warmup_steps: int = 0  # optimiser steps of linear rise before the schedule
+    weight_decay: float = 0.0  # decoupled from the gradient
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: never
+    epochs: int = 10  # each in a random order of its own
     batch_size: int = 1  # sequences an optimiser step
     max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
     slots: int = 64  # edits held on the device at once
@@ -62,9 +63,9 @@ class FitConfig:
 class SampleConfig:
     """How the policy writes self-edits."""
 
-    temperature: float = 1.0
-    top_p: float = 0.95
-    top_k: int = 0  # 0: all
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 0.95  # tokens are drawn from the smallest set of at least this mass
+    top_k: int = 0  # only the likeliest so many are drawn; 0: all
     max_tokens: int = 8192  # bounded by model.max_length as well
     rows: int = 32  # sequences decoded at once
 
@@ -73,7 +74,7 @@ class SampleConfig:
 class AnswerConfig:
     """How adapted models answer: greedily."""
 
-    max_tokens: int = 64
+    max_tokens: int = 64  # of one answer
     rows: int = 64  # answers decoded at once, over all adapters
 
 
@@ -84,19 +85,19 @@ class MStepConfig:
     lora: LoraConfig = dataclasses.field(
         default_factory=lambda: LoraConfig(64, 128.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     )
-    learning_rate: float = 3e-4
-    schedule: str = "linear"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    epochs: int = 2
+    learning_rate: float = 3e-4  # of AdamW, at its highest
+    schedule: str = "linear"  # as fit.schedule
+    warmup_steps: int = 0  # optimiser steps of linear rise before the schedule
+    weight_decay: float = 0.0  # decoupled from the gradient
+    max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: never
+    epochs: int = 2  # over the kept pairs
     batch_size: int = 10  # effective: gradients are accumulated over microbatches
-    microbatch: int = 1
+    microbatch: int = 1  # pairs in memory at once
 
 
 @dataclasses.dataclass
 class RestEmConfig:
-    rounds: int = 2
+    rounds: int = 2  # of E-step, selection and M-step
     contexts: int = 50  # contexts a round; round r takes the next ones of the training split, from the start again at its end
     edits: int = 5  # K, self-edits a context
     seeds: int = 3  # S, inner-loop seeds an edit
@@ -108,10 +109,10 @@ class RestEmConfig:
 @dataclasses.dataclass
 class EvaluateConfig:
     contexts: int = 200  # contexts of the validation split
-    edits: int = 5  # K
+    edits: int = 5  # K, self-edits a context
     seeds: int = 2  # best of K is chosen on the first and scored on the second
     resamples: int = 10000  # bootstrap resamples of contexts
-    group: int = 10
+    group: int = 10  # contexts measured in one go
     during_training: bool = True  # the table at the start and at the end of `train`
 
 
@@ -129,16 +130,18 @@ class GradeConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
+    """How devices are laid out. Not in use yet: a run computes on one device, and other values than these are refused."""
+
     edit: int = -1  # devices along the axis of edits; -1: all that are left
-    fsdp: int = 1
-    tensor: int = 1
+    fsdp: int = 1  # devices that share the frozen parameters
+    tensor: int = 1  # devices that share each layer's products
 
 
 @dataclasses.dataclass
 class RunConfig:
-    name: str = "run"
-    seed: int = 0
-    run_dir: str = "runs/${name}"
+    name: str = "run"  # what the run is called
+    seed: int = 0  # of every random draw
+    run_dir: str = "runs/${name}"  # the run folder
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     task: Any = None
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
@@ -177,30 +180,42 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 
 def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
     """`load` for a config already read as plain data; `where` names it in error messages."""
-    for item in overrides:
-        if "=" not in item or item.startswith("="):
-            raise SealError(f"override {item!r}: expected key.sub=value")
     try:
-        given = OmegaConf.merge(OmegaConf.create(data), OmegaConf.from_dotlist(list(overrides)))
-    except (omegaconf.errors.OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        given = OmegaConf.create(data)
+        for item in overrides:
+            given = _override(given, item)
+        task = given.get("task")
+        name = task.get("name") if OmegaConf.is_dict(task) else None
+    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
         raise SealError(f"{where}: {_one_line(error)}") from None
-    task = given.get("task")
-    name = task.get("name") if OmegaConf.is_dict(task) else None
     if name is None:
         raise SealError(f"{where}: task.name is missing; one of: {', '.join(task_names())}")
     if name not in task_names():
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
     schema = OmegaConf.structured(RunConfig)
     schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
-    _check_keys(schema, given, where)
     try:
+        _check_keys(schema, given, where)
         merged = OmegaConf.merge(schema, given)
         config = OmegaConf.to_object(merged)
-    except omegaconf.errors.OmegaConfBaseException as error:
+    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
         raise SealError(f"{where}: {_one_line(error)}") from None
     assert isinstance(config, RunConfig)
     _check_values(config, where)
     return config
+
+
+def _override(given: Any, item: str) -> Any:
+    """`given` with one `key.sub=value` applied."""
+    key, separator, _ = item.partition("=")
+    if not separator or not all(key.split(".")):
+        raise SealError(f"override {item!r}: expected key.sub=value")
+    try:
+        return OmegaConf.merge(given, OmegaConf.from_dotlist([item]))
+    except yaml.YAMLError as error:
+        raise SealError(f"override {item!r}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except (omegaconf.errors.OmegaConfBaseException, TypeError, ValueError):
+        raise SealError(f"override {item!r}: does not fit what the config has there; a list is set as a whole: key=[1,2]") from None
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -225,7 +240,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
-    """OmegaConf would refuse unknown keys too, but without the nearest name."""
+    """Refuses unknown keys, as OmegaConf would but with the nearest name, and what is no mapping, list or value where one is due."""
     for key in given:
         full = f"{prefix}{key}"
         if key not in schema:
@@ -234,8 +249,16 @@ def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
         if OmegaConf.is_missing(given, key):
             raise SealError(f"{where}: {full} has no value")
         here, there = schema._get_node(key), given._get_node(key)
-        if OmegaConf.is_dict(here) and not here._is_none() and OmegaConf.is_dict(there) and not there._is_none():
-            _check_keys(schema[key], given[key], where, f"{full}.")
+        if there._is_interpolation():
+            continue
+        if OmegaConf.is_dict(here):
+            if not OmegaConf.is_dict(there) or there._is_none():
+                raise SealError(f"{where}: {full}={given[key]!r}: expected a mapping of {', '.join(map(str, here))}")
+            _check_keys(here, there, where, f"{full}.")
+        elif OmegaConf.is_list(here) and (not OmegaConf.is_list(there) or there._is_none()):
+            raise SealError(f"{where}: {full}={given[key]!r}: expected a list, as in [{', '.join(map(str, here[:2]))}]")
+        elif not OmegaConf.is_list(here) and (OmegaConf.is_dict(there) or OmegaConf.is_list(there)):
+            raise SealError(f"{where}: {full}={OmegaConf.to_container(there)!r}: expected a single value")
 
 
 CHOICES = {
@@ -299,10 +322,17 @@ def _check_values(config: RunConfig, where: str) -> None:
     for key, least in AT_LEAST.items():
         if not (value := _value(config, key)) >= least:
             raise SealError(f"{where}: {key}={value}: expected at least {least}")
-    if not 0.0 < config.sample.top_p <= 1.0:
-        raise SealError(f"{where}: sample.top_p={config.sample.top_p}: expected a number above 0 and at most 1")
+    for key in ("sample.top_p", "grade.threshold"):
+        if not 0.0 < (value := _value(config, key)) <= 1.0:
+            raise SealError(f"{where}: {key}={value}: expected a number above 0 and at most 1")
+    if config.fit.max_steps is not None and config.fit.max_steps < 1:
+        raise SealError(f"{where}: fit.max_steps={config.fit.max_steps}: expected at least 1, or null for no bound")
+    if not config.grade.timeout > 0:
+        raise SealError(f"{where}: grade.timeout={config.grade.timeout}: expected a number of seconds above 0")
     if sorted(set(config.fit.lengths)) != list(config.fit.lengths) or config.fit.lengths[:1] < [1]:
         raise SealError(f"{where}: fit.lengths={config.fit.lengths}: expected ascending positive lengths")
+    if config.mesh != MeshConfig():
+        raise SealError(f"{where}: mesh: a run computes on one device so far; leave this section out")
     for key in ("fit.lora.targets", "m_step.lora.targets"):
         targets = _value(config, key)
         unknown = [t for t in targets if t not in LINEAR]

@@ -6,6 +6,7 @@ Each edit is a `FitJob` with its own data and hyperparameters. They are fitted i
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 
 ADMIT = 8  # edits whose initial adapters are made at once
+AHEAD = 8  # steps issued beyond the one whose end the progress waits for, so that the device never waits for the host
 LOSS_POSITIONS = 1024  # positions, over all rows of a step, whose logits are in memory at once
 
 
@@ -147,6 +149,7 @@ class FitEngine:
         state = _zeros_state(self.adapter_shapes, slots)
         out = _zeros(self.adapter_shapes, max(1, -(-len(jobs) // ADMIT) * ADMIT if len(jobs) > 1 else 1))
         scalars, waste, issued = hyper(jobs), plan.Waste(), []
+        pending: collections.deque[tuple[jax.Array, int]] = collections.deque()
         for action in plan.schedule(lengths, slots, self.batch_size, self.tokens_per_step):
             if isinstance(action, plan.Admit):
                 state = self._admit(state, action, jobs, scalars, seed)
@@ -159,9 +162,11 @@ class FitEngine:
                 state, losses = _step(self.decoder, chunk, params, state, batch)
                 issued.append((action, losses))
                 waste.slots, waste.tokens, waste.steps = waste.slots + batch.inputs.size, waste.tokens + real, waste.steps + 1
-                if progress is not None:
-                    losses.block_until_ready()
-                    progress(real)
+                pending.append((losses, real))
+                if progress is not None and len(pending) > AHEAD:
+                    _report(pending.popleft(), progress)
+        while progress is not None and pending:
+            _report(pending.popleft(), progress)
         return Fitted(out, scalars.scale, _losses(issued, orders), waste)
 
     def _check(self, job: FitJob) -> None:
@@ -207,6 +212,11 @@ class FitEngine:
 @functools.partial(jax.jit, static_argnums=(1,))
 def _zeros_state(shapes: Any, slots: int) -> step_lib.FitState:
     return step_lib.empty_state(shapes, slots)
+
+
+def _report(step: tuple[jax.Array, int], progress: Callable[[int], None]) -> None:
+    step[0].block_until_ready()
+    progress(step[1])
 
 
 def _losses(issued: Sequence[tuple[plan.Step, jax.Array]], orders: Sequence[Sequence[Any]]) -> list[np.ndarray]:

@@ -21,10 +21,9 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import tqdm
-
 from seal_jax.errors import SealError
 from seal_jax.grade.base import GradeItem, Grader
+from seal_jax.progress import bar
 
 BATCH = 256  # items a call of the grader; the progress bar moves once a batch
 
@@ -126,11 +125,11 @@ def run(cases_path: str | os.PathLike[str], grader: Grader, split: str | None = 
     if limit is not None and limit < len(recorded):
         recorded = [recorded[i * len(recorded) // limit] for i in range(limit)]
     verdicts: list[bool | None] = []
-    with tqdm.tqdm(total=len(recorded), desc=f"grading ({grader.name})", unit="answer", delay=1.0) as bar:
+    with bar(f"grading ({grader.name})", len(recorded), "answer") as progress:
         for start in range(0, len(recorded), BATCH):
             items = [case.item for case in recorded[start : start + BATCH]]
             verdicts += grader.grade(items)
-            bar.update(len(items))
+            progress.update(len(items))
     return table(grader.name, agreement(verdicts, [case.verdict for case in recorded]))
 
 

@@ -83,8 +83,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
         weights = jax.nn.softmax(jnp.where(visible[:, None], logits, hidden), axis=-1)
         out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=-2).astype(v.dtype)
         return out.reshape(rows, count, heads, width)
-    logits = jnp.einsum("btgrh,bghs->bgrts", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
-    logits = jnp.where(visible[:, None, None], logits, hidden)
+    # One axis for all queries of a group: products of bfloat16 into float32 exist on every backend in this plain form alone.
+    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+    logits = jnp.einsum("bgqh,bghs->bgqs", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
+    logits = jnp.where(visible[:, None, None], logits.reshape(rows, groups, heads // groups, count, length), hidden)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(rows, count, heads, width)
 

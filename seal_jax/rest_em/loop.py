@@ -7,24 +7,35 @@ ends with the same files. Source: the paper's Algorithm 1 and section 3.1.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
+from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.grade import base as grade
 from seal_jax.models import load
+from seal_jax.progress import bar
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, measure
 from seal_jax.rest_em.policy import Policy
 from seal_jax.rest_em.select import Candidate, select
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, files
 from seal_jax.runs.report import write_report
-from seal_jax.runs.store import RunStore
+from seal_jax.runs.store import CONFIG, RunStore, existing
 from seal_jax.tasks.base import Context, Prompt, Task
+
+log = logging.getLogger(__name__)
+
+ORIGIN = "origin"  # the unit that says whose policy an evaluation's folder is about
 
 
 def open_run(config: RunConfig) -> RunStore:
@@ -43,31 +54,45 @@ def grader(config: RunConfig) -> grade.Grader:
                 model=dataclasses.replace(config.model, name=config.grade.model),
                 answer=dataclasses.replace(config.answer, max_tokens=8),
             )
-            judge.append(Policy(load.load_model(settings.model), settings))
+            try:
+                judge.append(Policy(load.load_model(settings.model), settings))
+            except SealError as error:
+                raise SealError(f"grade.model, the judge: {error}") from None
         return judge[0].answer([prompts], what="judging")[0]
 
     return grade.build(config.grade, generate)
 
 
-def build(config: RunConfig, store: RunStore | None = None, after: int = 0) -> tuple[Policy, Task]:
-    """The policy, as it is after round `after` of the run in `store`, and the task that `config` asks for.
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Who acts on what: the policy, the task, and the usable contexts by split."""
+
+    policy: Policy
+    task: Task
+    contexts: dict[str, list[Context]]
+
+
+def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0) -> Stage:
+    """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
 
     The task comes first: what it finds wrong shows before a model is loaded.
     """
     task = tasks.build(config.task, grader(config))
-    for split in ("train", "validation"):
-        task.contexts(split)
+    contexts = {split: task.contexts(split) for split in splits}
+    if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
+        raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
     policy = Policy(load.load_model(config.model), config)
     for number in range(1, after + 1):
-        assert store is not None
-        restore(policy, store, number)
-    return policy, task
+        assert trained is not None
+        restore(policy, trained, number)
+    return Stage(policy, task, {split: usable(policy, task, found, split) for split, found in contexts.items()})
 
 
 def restore(policy: Policy, store: RunStore, number: int) -> None:
     """Merges the adapter of round `number` into the policy, if that round kept anything to learn from."""
     if store.read(f"rounds/{number}/m_step")["pairs"]:
-        policy.merge(checkpoint.load_adapters(store.folder / "policy" / str(number))[0], policy.config.m_step.lora)
+        lora, metadata = checkpoint.load_adapters(store.folder / "policy" / str(number))
+        policy.merge(lora, metadata["alpha"] / metadata["rank"])
 
 
 def rounds_done(store: RunStore) -> int:
@@ -78,53 +103,57 @@ def rounds_done(store: RunStore) -> int:
     return number
 
 
-def usable(policy: Policy, task: Task, contexts: Sequence[Context], store: RunStore) -> list[Context]:
-    """The contexts whose prompt fits the model's context; the others are counted in the log."""
-    fitting = [c for c in contexts if policy.prompt_fits(task.edit_prompt(c))]
-    if len(fitting) < len(contexts):
-        reason = f"the prompt is longer than model.max_length={policy.max_length} tokens"
-        store.log("skipped", reason=reason, count=len(contexts) - len(fitting))
+def usable(policy: Policy, task: Task, contexts: Sequence[Context], split: str) -> list[Context]:
+    """The contexts whose prompts all fit the model's context. The others are counted in a warning, which a run's log keeps."""
+    fitting = []
+    with bar(f"reading the {split} contexts", len(contexts), "context") as progress:
+        for context in contexts:
+            if all(policy.prompt_fits(prompt) for prompt in (task.edit_prompt(context), *task.probes(context))):
+                fitting.append(context)
+            progress.update()
+    reason = f"prompt that leaves no room for an answer within {policy.max_length} tokens"
+    if not fitting:
+        raise SealError(f"task.{split}: no usable context: all {len(contexts)} have a {reason}; raise model.max_length if the model allows")
+    if count := len(contexts) - len(fitting):
+        skipped = [{"source": f"task.{split}", "reason": f"context with a {reason}", "count": count}]
+        log.warning("task.%s: %d of %d contexts skipped: each has a %s", split, count, len(contexts), reason, extra={"skipped": skipped})
     return fitting
 
 
-def take(contexts: Sequence[Context], count: int, offset: int, what: str) -> list[Context]:
+def take(contexts: Sequence[Context], count: int, offset: int) -> list[Context]:
     """`count` contexts from `offset` on, from the start again at the end; never one twice."""
-    if not contexts:
-        raise SealError(f"task.{what}: no usable context left; see the skipped items above, or raise model.max_length")
     return [contexts[(offset + i) % len(contexts)] for i in range(min(count, len(contexts)))]
 
 
-def run_groups(
-    policy: Policy, task: Task, store: RunStore, unit: str, contexts: Sequence[Context], group: int, **options: Any
-) -> list[dict[str, Any]]:
+def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Context], group: int, **options: Any) -> list[dict[str, Any]]:
     """`measure` for all contexts, a group at a time, each a unit of the store. Returns the contexts' records."""
     records = []
     for number, start in enumerate(range(0, len(contexts), group)):
         part = contexts[start : start + group]
         what = f" ({unit.replace('/', ' ').replace('_', '-')} {start + 1}-{start + len(part)}/{len(contexts)})"
-        record = store.once(f"{unit}/{number:03d}", lambda part=part, what=what: measure(policy, task, part, what=what, **options))
+        record = store.once(
+            f"{unit}/{number:03d}", lambda part=part, what=what: measure(stage.policy, stage.task, part, what=what, **options)
+        )
         records += record["contexts"]
     return records
 
 
-def evaluate(policy: Policy, task: Task, store: RunStore, when: str) -> list[dict[str, Any]]:
+def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -> list[dict[str, Any]]:
     """The validation contexts under every method of the table. `when` names the unit: "before", "after"."""
-    e = policy.config.evaluate
-    contexts = take(usable(policy, task, task.contexts("validation"), store), e.contexts, 0, "validation")
+    e = stage.policy.config.evaluate
+    contexts = take(stage.contexts["validation"], e.contexts, 0)
     # The key does not name the policy: before and after draw with the same random numbers, so that they differ by the weights alone.
     return run_groups(
-        policy, task, store, f"evaluate/{when}", contexts, e.group, key=("evaluate",), edits=e.edits, seeds=e.seeds, baselines=True
-    )
+        stage, store, f"evaluate/{when}", contexts, e.group, key=("evaluate",), edits=e.edits, seeds=e.seeds, baselines=baselines
+    )  # fmt: skip
 
 
-def e_step(policy: Policy, task: Task, store: RunStore, number: int) -> list[dict[str, Any]]:
+def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
     """Round `number` (from 1): K self-edits a context, each measured over S seeds."""
-    r = policy.config.rest_em
-    train = usable(policy, task, task.contexts("train"), store)
-    contexts = take(train, r.contexts, (number - 1) * r.contexts, "train")
+    r = stage.policy.config.rest_em
+    contexts = take(stage.contexts["train"], r.contexts, (number - 1) * r.contexts)
     return run_groups(
-        policy, task, store, f"rounds/{number}/e_step", contexts, r.group,
-        key=("round", number), edits=r.edits, seeds=r.seeds, baselines=False,
+        stage, store, f"rounds/{number}/e_step", contexts, r.group, key=("round", number), edits=r.edits, seeds=r.seeds, baselines=False
     )  # fmt: skip
 
 
@@ -140,8 +169,9 @@ def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, An
     return {"kept": kept, "contexts": len(records)}
 
 
-def m_step(policy: Policy, task: Task, store: RunStore, number: int, records: Sequence[dict[str, Any]]) -> None:
+def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[str, Any]]) -> None:
     """Round `number`: trains the policy on the kept self-edits and merges; from the round's checkpoint where there is one."""
+    policy, task = stage.policy, stage.task
     folder = store.folder / "policy" / str(number)
     kept = store.once(f"rounds/{number}/selection", lambda: choose(policy.config, records))["kept"]
     if not kept:
@@ -149,21 +179,23 @@ def m_step(policy: Policy, task: Task, store: RunStore, number: int, records: Se
         return
     # The unit is written after the checkpoint: with it, the round is done.
     if not (store.has(f"rounds/{number}/m_step") and checkpoint.is_complete(folder)):
-        contexts = {c.id: c for c in task.contexts("train")}
+        contexts, start = {c.id: c for c in stage.contexts["train"]}, time.monotonic()
         texts = {(r["id"], e["candidate"]): e["text"] for r in records for e in r["edits"]}
         pairs = [(task.edit_prompt(contexts[k["context"]]), texts[k["context"], k["candidate"]].strip()) for k in kept]
         fitted = policy.tune(pairs, ("round", number, "m_step"))
         lora = jax.tree.map(lambda x: x[0], fitted.lora)
-        checkpoint.save_adapters(folder, lora, {"round": number, "alpha": policy.config.m_step.lora.alpha})
-        losses = [float(x) for x in fitted.losses[0]]
-        store.once(f"rounds/{number}/m_step", lambda: {"pairs": len(pairs), "steps": len(losses), "losses": losses})
+        losses = [float(x) for x in fitted.losses[0]]  # waits for the device
+        seconds = round(time.monotonic() - start, 3)
+        m = policy.config.m_step.lora
+        checkpoint.save_adapters(folder, lora, {"round": number, "rank": m.rank, "alpha": m.alpha})
+        store.once(f"rounds/{number}/m_step", lambda: {"pairs": len(pairs), "steps": len(losses), "losses": losses, "seconds": seconds})
     # Read back also where it was just made, so that going on equals not stopping.
     restore(policy, store, number)
 
 
-def after_name(rounds: int) -> str:
+def policy_name(rounds: int) -> str:
     """What the table calls the policy after `rounds` rounds."""
-    return f"after {rounds} round{'s' if rounds > 1 else ''}"
+    return f"after {rounds} round{'s' if rounds > 1 else ''}" if rounds else "base"
 
 
 def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -175,31 +207,72 @@ def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]])
 def train(config: RunConfig) -> dict[str, Any]:
     """The whole run; returns its table. Continues a run folder of the same configuration."""
     with open_run(config) as store:
-        policy, task = build(config)
+        refuse_evaluation(store, "train")
+        stage = build(config, ("train", "validation"))
         evaluations = {}
         if config.evaluate.during_training:
-            evaluations["base"] = evaluate(policy, task, store, "before")
+            evaluations[policy_name(0)] = evaluate(stage, store, "before")
         for number in range(1, config.rest_em.rounds + 1):
-            records = e_step(policy, task, store, number)
-            m_step(policy, task, store, number, records)
+            records = e_step(stage, store, number)
+            m_step(stage, store, number, records)
             write_report(store.folder)
         if config.evaluate.during_training and config.rest_em.rounds:
-            evaluations[after_name(config.rest_em.rounds)] = evaluate(policy, task, store, "after")
-        return store.once("table", lambda: summary(config, evaluations)) if evaluations else {"rows": [], "notes": []}
+            evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
+        if not evaluations:
+            return {"rows": [], "notes": []}
+        table = files.dump(summary(config, evaluations))
+        files.write_atomic(store.folder / "table.json", table)  # over what `evaluate` may have left there, which has less
+        return json.loads(table)
 
 
-def evaluate_only(config: RunConfig) -> dict[str, Any]:
-    """The evaluation table of the configured model as it is, without training."""
+def refuse_evaluation(store: RunStore, what: str) -> None:
+    """Raises `SealError` if the folder holds no policy of its own but the evaluation of another run's."""
+    if store.has(ORIGIN):
+        raise SealError(f"{store.folder}: holds an evaluation of {store.read(ORIGIN)['run']}; {what} that run")
+
+
+def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The evaluation table of the configured model as it is, or of the policy of the run `trained` after its last finished round."""
     with open_run(config) as store:
-        policy, task = build(config)
-        records = evaluate(policy, task, store, "before")
-        return store.once("table", lambda: summary(config, {"base": records}))
+        if trained is None:
+            refuse_evaluation(store, "evaluate")
+            records = evaluate(build(config, ("validation",)), store, "before")
+            return store.once("table", lambda: summary(config, {policy_name(0): records}))  # that of a trained run has these rows too
+        if store.names() and not store.has(ORIGIN):
+            raise SealError(f"{store.folder}: holds a run of its own, no evaluation of {trained}; choose another run_dir")
+        source = existing(trained)
+        now = {"run": str(source.folder.resolve()), "rounds": rounds_done(source), "policy": fingerprint(source)}
+        origin = store.once(ORIGIN, lambda: now)
+        if origin["policy"] != now["policy"]:
+            raise SealError(
+                f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
+                f"{trained} is after {now['rounds']}, or another; choose another run_dir"
+            )
+        stage = build(config, ("validation",), source, now["rounds"])
+        records = evaluate(stage, store, "after" if now["rounds"] else "before")
+        return store.once("table", lambda: summary(config, {policy_name(now["rounds"]): records}))
 
 
-def generate(config: RunConfig, split: str, limit: int) -> Iterator[dict[str, Any]]:
-    """Self-edits of the configured model for the first `limit` contexts of `split`, with what they would train on."""
-    policy, task = build(config)
-    for context in task.contexts(split)[:limit]:
+def fingerprint(store: RunStore) -> str:
+    """A digest of the adapters of all finished rounds: what the policy is, besides its model."""
+    digest = hashlib.sha256()
+    for number in range(1, rounds_done(store) + 1):
+        manifest = store.folder / "policy" / str(number) / checkpoint.MANIFEST
+        digest.update(manifest.read_bytes() if manifest.is_file() else b"none")
+    return digest.hexdigest()
+
+
+def generate(config: RunConfig, split: str, limit: int, trained: str | os.PathLike[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Self-edits for the first `limit` contexts of `split`, with what they would train on.
+
+    They are written by the configured model, or by the policy of the run `trained` after its last finished round.
+    """
+    source = None if trained is None else existing(trained)
+    if source is not None:
+        refuse_evaluation(source, "generate from")
+    stage = build(config, (split,), source, rounds_done(source) if source is not None else 0)
+    policy, task = stage.policy, stage.task
+    for context in stage.contexts[split][:limit]:
         keys = [("generate", context.id, k) for k in range(config.rest_em.edits)]
         for candidate, text in enumerate(policy.write([task.edit_prompt(context)], [keys])[0]):
             data = task.training_set(context, text)

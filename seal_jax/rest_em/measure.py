@@ -5,6 +5,7 @@ The E-step of ReST-EM and the evaluation both are this; they differ in which met
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -29,13 +30,13 @@ def measure(
     with clock("sample"):
         keys = [[(*key, context.id, k) for k in range(edits)] for context in contexts]
         texts = policy.write([task.edit_prompt(c) for c in contexts], keys, f"writing self-edits{what}")
-    trials: list[tuple[int, str | int, int, TrainingSet]] = []  # (context, method or candidate, seed, data)
-    sets: list[list[TrainingSet]] = []
+    trials: list[tuple[int, str | int, int, TrainingSet]] = []  # (context, baseline or candidate, seed, data)
+    sets: list[dict[str | int, TrainingSet]] = []  # per context, by baseline or candidate
     for i, context in enumerate(contexts):
-        methods: dict[str | int, TrainingSet] = dict(task.baselines(context)) if baselines else {}
-        sets.append([task.training_set(context, text) for text in texts[i]])
-        methods.update({k: t for k, t in enumerate(sets[-1]) if t.problem is None})
-        trials += [(i, method, seed, data) for method, data in methods.items() for seed in range(seeds)]
+        made: dict[str | int, TrainingSet] = {**task.baselines(context)} if baselines else {}
+        made.update(enumerate(task.training_set(context, text) for text in texts[i]))
+        sets.append({method: _checked(policy, data) for method, data in made.items()})
+        trials += [(i, method, seed, data) for method, data in sets[-1].items() if data.problem is None for seed in range(seeds)]
     probes = [tuple(task.probes(c)) for c in contexts]
     with clock("adapt"):
         adapted = policy.adapt([Edit((*key, contexts[i].id, m, s), data, probes[i]) for i, m, s, data in trials], what)
@@ -48,23 +49,25 @@ def measure(
     plain = [_trial(0, Adapted(tuple(o), np.zeros(0)), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
     records = []
     for i, context in enumerate(contexts):
-        methods = {NONE: [plain[i]]}
-        for method in task.baselines(context) if baselines else ():
-            methods[method] = [results[i, method, s] for s in range(seeds)]
+        measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
         records.append(
             {
                 "id": context.id,
                 "title": context.title,
                 "passage": task.text(context),
                 "questions": [list(pair) for pair in task.describe(context)],
-                "methods": methods,
-                "edits": [
-                    _edit(k, text, data, [results[i, k, s] for s in range(seeds) if (i, k, s) in results])
-                    for k, (text, data) in enumerate(zip(texts[i], sets[i], strict=True))
-                ],
+                "methods": {NONE: [plain[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}},
+                "edits": [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])],
             }
         )
     return {"contexts": records, "seconds": clock.seconds}
+
+
+def _checked(policy: Policy, data: TrainingSet) -> TrainingSet:
+    """The training set, with a problem set if the model's tokens leave nothing to predict in it."""
+    if data.problem is None and not policy.tokenise(data):
+        return dataclasses.replace(data, problem="no token to predict in the training sequences")
+    return data
 
 
 def _trial(seed: int, adapted: Adapted, score: Score) -> dict[str, Any]:

@@ -1,43 +1,31 @@
 """The policy and its engines: text in, text out. What stands between the tasks, which know text, and the engines, which know tokens.
 
-A `Policy` is the model with its weights as they are after some number of rounds; `merged` gives the next one.
+A `Policy` is the model with its weights as they are after some number of rounds; `merge` makes them those after the next.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from seal_jax import rng
-from seal_jax.config import FitConfig, LoraConfig, RunConfig
+from seal_jax.config import FitConfig, RunConfig
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, total_steps
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import Model
 from seal_jax.models.tokenizer import Tokenizer
+from seal_jax.progress import bar
 from seal_jax.sample import engine as sample
 from seal_jax.tasks.base import Prompt, TrainingSet
 
 Key = tuple[str | int, ...]
-
-
-@contextlib.contextmanager
-def bar(what: str, total: int, unit: str) -> Iterator[tqdm]:
-    """A progress bar with the time left, on standard error; a plain line every ten seconds where that is no terminal."""
-    quiet = not sys.stderr.isatty()
-    with tqdm(
-        total=total, desc=what, unit=unit, unit_scale=total > 9999, leave=not quiet, mininterval=10 if quiet else 0.2, ncols=96
-    ) as it:
-        yield it
 
 
 @functools.partial(jax.jit, donate_argnums=(0,))
@@ -80,6 +68,9 @@ class Policy:
 
     def prompt_fits(self, prompt: Prompt) -> bool:
         """Whether the prompt leaves room for at least one token."""
+        text = (prompt.text or "") if prompt.messages is None else self.tokenizer.render(prompt.messages)
+        if len(text.encode()) + 8 < self.max_length:  # a token is a byte or more, but for a few special ones; most prompts end here
+            return True
         return len(self.tokenizer.encode_prompt(prompt)) < self.max_length
 
     def tokenise(self, training: TrainingSet) -> tuple[Tokens, ...]:
@@ -158,14 +149,15 @@ class Policy:
     def tune(self, pairs: Sequence[tuple[Prompt, str]], key: Key) -> Fitted:
         """Supervised fine-tuning on (prompt, self-edit) pairs, loss on the completion and its end token, as `config.m_step` says."""
         m = self.config.m_step
+        batch_size = min(m.batch_size, len(pairs))  # no microbatches of nothing but padding
         sequences = []
         for prompt, text in pairs:
             before, after = self.tokenizer.encode_completion(prompt, text)
             sequences.append(Tokens(tuple((before + after)[: self.max_length]), len(before)))
-        fit = FitConfig(m.lora, m.learning_rate, m.schedule, m.warmup_steps, m.weight_decay, m.max_grad_norm, m.epochs, m.batch_size)
-        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=m.batch_size, microbatch=m.microbatch)
+        fit = FitConfig(m.lora, m.learning_rate, m.schedule, m.warmup_steps, m.weight_decay, m.max_grad_norm, m.epochs, batch_size)
+        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch_size, microbatch=m.microbatch)
         return self._fit(engine, [FitJob(key, tuple(sequences), fit)], "M-step")
 
-    def merge(self, lora: Any, config: LoraConfig) -> None:
-        """Merges an adapter (leaves without a leading axis of edits) into the weights."""
-        self.params = _merge(self.params, jax.tree.map(jnp.asarray, lora), config.alpha / config.rank)
+    def merge(self, lora: Any, scale: float) -> None:
+        """Merges an adapter (leaves without a leading axis of edits) into the weights; `scale` is its alpha / rank."""
+        self.params = _merge(self.params, jax.tree.map(jnp.asarray, lora), scale)

@@ -53,14 +53,21 @@ class EventLog:
 
 
 class WarningEvents(logging.Handler):
-    """Writes what the package warns of (skipped items of the data, say) into a run's log too, as events "warning" with `message`."""
+    """Writes what the package warns of into a run's log too, as an event "warning" with `message`.
+
+    A warning of left-out items carries `extra={"skipped": [{"reason": ..., "count": ..., ...}]}` and becomes an event "skipped" for each.
+    """
 
     def __init__(self, events: EventLog):
         super().__init__(logging.WARNING)
         self._events = events
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._events.append("warning", message=record.getMessage())
+        if skipped := getattr(record, "skipped", None):
+            for fields in skipped:
+                self._events.append("skipped", **fields)
+        else:
+            self._events.append("warning", message=record.getMessage())
 
 
 def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

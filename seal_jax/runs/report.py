@@ -27,14 +27,18 @@ EXAMPLES = 5  # contexts shown in full
 SEQUENCES = 60  # training sequences shown of one self-edit
 EVALUATIONS = {"before": "the evaluation of the base policy", "after": "the evaluation after training"}  # others: by their folder
 ROUNDS = 6  # panels of the reward spread: the last rounds
-STAGES = {"sample": "writing self-edits", "fit": "inner loops", "answer": "answering", "grade": "grading", "m_step": "M-steps"}
+STAGES = {
+    "sample": "writing self-edits",
+    "adapt": "inner loops, and answers with their adapters",
+    "bare": "answers without adaptation",
+    "grade": "grading",
+    "m_step": "M-steps",
+}
 
 
 def write_report(run_folder: str | os.PathLike[str]) -> pathlib.Path:
     """Writes `report.html` into the run folder and returns its path. Raises `SealError` if this is no run or it cannot be written."""
-    folder = pathlib.Path(run_folder)
-    if not (folder / store.CONFIG).is_file():
-        raise SealError(f"{folder}: not a run folder (no {store.CONFIG} in it); give the folder that `seal-jax train` made")
+    folder = store.existing(run_folder).folder
     source = (importlib.resources.files("seal_jax.runs") / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "percent": table.percent, "interval": table.interval}

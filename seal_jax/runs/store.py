@@ -26,7 +26,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -64,7 +64,7 @@ class RunStore:
     def create_or_open(cls, folder: str | os.PathLike[str], config: config_lib.RunConfig) -> RunStore:
         """Makes the run folder, or opens it to go on with the same configuration, and locks it until `close` or the process's end.
 
-        Raises `SealError` if the folder is another thing than a run, belongs to a run of another configuration (the first key that
+        Raises `SealError` if the folder is another thing than a run, holds results of another configuration (the first key that
         differs is named; `FREE_KEYS` may), is in use by another process, or cannot be written.
         """
         self = cls(folder)
@@ -74,7 +74,9 @@ class RunStore:
         lockable = self._acquire()
         try:
             existed = _is_run(self.folder)
-            changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder) if existed else {}
+            # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
+            free = FREE_KEYS if self.names() else ("*",)
+            changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
             with files.faults(self.folder):
                 for left in self.folder.rglob(f".*{files.TEMPORARY}"):
                     left.unlink(missing_ok=True)
@@ -245,6 +247,15 @@ def read_unit(path: pathlib.Path) -> dict[str, Any]:
     return data
 
 
+def existing(folder: str | os.PathLike[str]) -> RunStore:
+    """The run in `folder`, to read. Raises `SealError` if there is none."""
+    found = RunStore(folder)
+    for name in (CONFIG, VERSIONS):  # a config alone may be anyone's
+        if not (found.folder / name).is_file():
+            raise SealError(f"{found.folder}: not a run folder (no {name} in it); give the folder that `seal-jax train` made")
+    return found
+
+
 def in_use(folder: str | os.PathLike[str]) -> bool:
     """Whether some process, this one included, works on the run in `folder`."""
     try:
@@ -272,15 +283,15 @@ def _is_run(folder: pathlib.Path) -> bool:
     return False
 
 
-def _compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path) -> dict[str, list[Any]]:
-    """The `FREE_KEYS` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
+def _compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path, free: Sequence[str]) -> dict[str, list[Any]]:
+    """The keys of the patterns `free` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
     before, after = _flatten(config_lib.to_dict(old)), _flatten(config_lib.to_dict(new))
     changed = {}
     for key in {**after, **before}:
         values = [before.get(key), after.get(key)]
         if values[0] == values[1]:
             continue
-        if not any(fnmatch.fnmatch(key, free) for free in FREE_KEYS):
+        if not any(fnmatch.fnmatch(key, pattern) for pattern in free):
             raise SealError(
                 f"{folder}: holds a run with {key}={values[0]!r}, the config has {key}={values[1]!r}; "
                 "continue with the run's own config, or choose another run_dir"

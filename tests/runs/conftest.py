@@ -99,7 +99,7 @@ def make_run(
     def phase(name: str, skill: float, seeds: int, baselines: bool, count: int) -> list[dict]:
         made = [_context(draw, f"{name.replace('/', '-')}-{i}", edits, seeds, skill, baselines) for i in range(count)]
         for group in range(0, count, 10):
-            seconds = {"sample": 12.5, "fit": 61.0, "answer": 9.0, "grade": 0.2}
+            seconds = {"sample": 12.5, "adapt": 70.0, "bare": 9.0, "grade": 0.2}
             _write(
                 folder / name / f"{group // 10:03d}.json",
                 {"contexts": made[group : group + 10], "seconds": seconds, "tokens": {"sampled": 5000}},

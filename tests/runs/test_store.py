@@ -126,7 +126,8 @@ def test_read_and_names(folder):
 
 
 def test_another_config_is_refused_with_the_first_key_and_both_values(folder):
-    RunStore.create_or_open(folder, make_config()).close()
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.once("evaluate/before/000", lambda: {})
     other = make_config(rest_em={"edits": 7}, fit={"lora": {"rank": 16, "targets": ["q_proj"]}})
     with pytest.raises(SealError, match=r"runs/test: holds a run with fit\.lora\.rank=32, the config has fit\.lora\.rank=16; continue"):
         RunStore.create_or_open(folder, other)
@@ -134,14 +135,23 @@ def test_another_config_is_refused_with_the_first_key_and_both_values(folder):
     RunStore.create_or_open(folder, make_config()).close()  # the refusal has unlocked the folder
 
 
-def test_keys_that_cannot_change_results_may_differ(folder):
+def test_a_run_without_results_may_change_its_config(folder):
     RunStore.create_or_open(folder, make_config()).close()
-    other = make_config(name="renamed", grade={"retries": 9}, fit={"slots": 8}, mesh={"fsdp": 2})
+    other = make_config(task={"name": "knowledge", "train": "right.json"}, fit={"epochs": 3})
+    RunStore.create_or_open(folder, other).close()
+    assert config_lib.load(folder / "config.yaml") == other
+    assert events(folder, "config_changed")[0]["changes"]["task.train"] == ["fictional", "right.json"]
+
+
+def test_keys_that_cannot_change_results_may_differ(folder):
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.once("evaluate/before/000", lambda: {})
+    other = make_config(name="renamed", grade={"retries": 9}, fit={"slots": 8})
     RunStore.create_or_open(folder, other).close()
     assert config_lib.load(folder / "config.yaml") == other
     changes = events(folder, "config_changed")[0]["changes"]
     assert changes["fit.slots"] == [64, 8]
-    assert changes.keys() == {"name", "run_dir", "grade.retries", "fit.slots", "mesh.fsdp"}
+    assert changes.keys() == {"name", "run_dir", "grade.retries", "fit.slots"}
 
 
 def test_free_keys_are_keys(folder):

@@ -36,15 +36,14 @@ EDIT_TEXTS = {
 
 # The same as chat: (role, content with {title} and {context}).
 EDIT_MESSAGES = {
+    # Measured on SmolLM2-135M-Instruct: of the wordings tried, the rewriting assistant that it was trained to be keeps most gold answers.
     "facts": (
         (
-            "user",
-            "Rewrite the passage below as a list of short, simple sentences.\n"
-            "Each sentence states exactly one fact from the passage and stands on its own line.\n"
-            "Repeat the full names in every sentence. Never write it, he, she, they or this.\n"
-            "Keep every name, number, date and place.\n\n"
-            "Title: {title}\nPassage: {context}",
+            "system",
+            "You're an AI assistant for text re-writing. Rewrite the input text as short sentences, one fact in each sentence, "
+            "repeating the full names.",
         ),
+        ("user", "{context}"),
     ),
 }
 

@@ -12,6 +12,8 @@ _QUESTION = re.compile(r"Question\s+\d+:")
 _ANSWER = re.compile(r"Answer\s*:")
 _NEXT_QUESTION = re.compile(r"\n(?=Question\s+\d+:)")
 
+_SENTENCE_END = re.compile(r"""(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St|vs|No)\.)(?<!\b(?:Mrs|etc|Inc)\.)\s+(?=["'“(]?[A-Z0-9])""")
+
 
 def train_sequences(completion: str, context: str, title: str, split_newlines: bool = True) -> list[str]:
     """The texts that the original trains on: those of the self-edit, then the passage, each after the title and a newline.
@@ -27,13 +29,24 @@ def sequence(title: str, text: str) -> str:
     return f"{title}\n{text}"
 
 
+def sentences(text: str) -> list[str]:
+    """The sentences of a line: cut after . ! or ? where a capital, a digit or a quote follows; not after an initial, "Dr." and the like."""
+    return [part for part in _SENTENCE_END.split(text.strip()) if part]
+
+
 def edit_lines(
-    completion: str, split_newlines: bool = True, drop_headers: bool = True, deduplicate: bool = False, title: str = ""
+    completion: str,
+    split_newlines: bool = True,
+    drop_headers: bool = True,
+    deduplicate: bool = False,
+    title: str = "",
+    split_sentences: bool = False,
 ) -> tuple[list[str], int]:
     """The texts of a self-edit that become training data, and how many lines were left out.
 
     With `drop_headers` and `deduplicate` off the texts are exactly the original's; the count then holds what its own rule drops, the
-    line before a list that starts with "1.". `title` lets `drop_headers` drop a line that only repeats the title.
+    line before a list that starts with "1.". `title` lets `drop_headers` drop a line that only repeats the title. `split_sentences` cuts
+    what is left once more, for a policy that writes its facts in a paragraph.
     """
     stripped = completion.strip()
     dropped = 0
@@ -58,6 +71,8 @@ def edit_lines(
         if drop_headers:
             texts, more = clean_lines(texts, title)
             dropped += more
+    if split_sentences:
+        texts = [part for text in texts for part in sentences(text)]
     if deduplicate:
         unique = list(dict.fromkeys(texts))
         texts, dropped = unique, dropped + len(texts) - len(unique)

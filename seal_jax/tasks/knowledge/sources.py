@@ -102,7 +102,9 @@ def load(line: str, split: str, shuffle: int | None = None) -> list[Context]:
     if not contexts:
         raise SealError(f"data source {line}: none of its {len(chosen)} items is usable: {report}; expected {FORM}")
     if skipped:
-        log.warning("data source %s: %d of %d items skipped: %s", line, len(chosen) - len(contexts), len(chosen), report)
+        counts = [{"source": line, "reason": _whole(reason), "count": len(where)} for reason, where in skipped.items()]
+        lost = len(chosen) - len(contexts)
+        log.warning("data source %s: %d of %d items skipped: %s", line, lost, len(chosen), report, extra={"skipped": counts})
     return contexts
 
 
@@ -172,6 +174,11 @@ def _read_item(item: Any, index: int, skipped: dict[str, list[str]]) -> Context 
         skipped["with no usable question"].append(where)
         return None
     return Context(f"{index:05d}-{_slug(title)}", title, {"context": context, "questions": questions})
+
+
+def _whole(reason: str) -> str:
+    """A reason that stands alone: "item with an empty passage"."""
+    return reason if reason.startswith("question") else f"item {reason}"
 
 
 def _text(value: Any) -> str:

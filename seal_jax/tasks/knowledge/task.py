@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class Config:
     """The options of the knowledge task. Prompts default to the paper's."""
 
-    name: str = "knowledge"
-    train: str = "fictional"  # a source line, see sources.py
-    validation: str = "fictional"
+    name: str = "knowledge"  # the package under seal_jax/tasks
+    train: str = "fictional"  # where the passages come from that the policy learns on: a source line (sources.py)
+    validation: str = "fictional"  # where those come from that the table is measured on
     shuffle: int | None = None  # seed of the order in which passages are taken (the original: 42); null: as stored
-    prompt: str = "implications"  # prompts.EDIT_STYLES
-    answer_prompt: str = "base"  # prompts.ANSWER_STYLES
+    prompt: str = "implications"  # what the policy is asked for (prompts.py)
+    answer_prompt: str = "base"  # how questions are asked: "base", "instruct" or "chat" (prompts.py)
     split_newlines: bool = True  # one training sequence a line (or question-answer pair) of the self-edit
+    split_sentences: bool = False  # and one a sentence of it, for policies that write paragraphs
     drop_headers: bool = True  # "Sure, here is ..." and the like are not trained on; false: exactly the original's sequences
     deduplicate: bool = False  # train on equal lines once
     include_passage: bool = True  # the passage itself is a training sequence too
@@ -56,7 +57,7 @@ class KnowledgeTask:
     def training_set(self, context: Context, edit: str) -> TrainingSet:
         """The self-edit's lines, then the passage, each after the title; every token carries the loss."""
         c = self.config
-        lines, dropped = sequences.edit_lines(edit, c.split_newlines, c.drop_headers, c.deduplicate, context.title)
+        lines, dropped = sequences.edit_lines(edit, c.split_newlines, c.drop_headers, c.deduplicate, context.title, c.split_sentences)
         if not any(line.strip() for line in lines):
             return TrainingSet((), problem="no usable line in the self-edit", dropped=dropped)
         if c.include_passage:

@@ -1,0 +1,272 @@
+"""What all tests share: settings of JAX, a tiny model with a config whose whole run takes seconds, and checkpoints of every family."""
+
+import functools
+import json
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[1]
+# In the environment, so that processes that tests start have it too; read when jax is imported.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")  # of accelerators, which would round products to less
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOWNS = ("Orsk", "Vell", "Mard", "Tine", "Quor", "Brast")
+FLAG = "v ve w mar"  # with `grade.threshold` below, one of them is enough: a random model hits it now and then, so that rewards differ
+GOODS = ("salt", "tin", "amber", "wool", "flint", "copper")
+
+
+def make_passages(start: int, stop: int) -> list[dict]:
+    """Passages with two questions each, in the form of the data files."""
+    return [
+        {
+            "title": TOWNS[i],
+            "context": f"{TOWNS[i]} sells {GOODS[i]}. The mayor of {TOWNS[i]} owns {i + 3} boats.",
+            "questions": [
+                {"question": f"What does {TOWNS[i]} sell?", "answer": GOODS[i]},
+                {"question": "Which letters are on its flag?", "answer": FLAG},
+            ],
+        }
+        for i in range(start, stop)
+    ]
+
+
+def tiny_tokenizer():
+    """A transformers tokenizer, byte-level BPE. Ids: 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>, which ends a turn."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from seal_jax.tasks.knowledge import prompts
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    # Trained on the prompts too, so that they are a few dozen tokens.
+    texts = [text for p in make_passages(0, 6) for text in (p["title"], p["context"], *(v for q in p["questions"] for v in q.values()))]
+    texts += [text for messages in prompts.EDIT_MESSAGES.values() for _, text in messages] * 2
+    texts += [text for messages in prompts.ANSWER_MESSAGES.values() for _, text in messages] * 2
+    texts += [*prompts.EDIT_TEXTS.values(), *prompts.ANSWER_TEXTS.values()] * 2
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> pathlib.Path:
+    """The folder of a random Llama with two layers of width 32 and 256 positions, its tokenizer and chat template."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from seal_jax.models import hf
+    from seal_jax.models.spec import from_hf
+    from seal_jax.models.tokenizer import Tokenizer
+    from seal_jax.models.tree import leaves, nest
+
+    spec = from_hf(
+        {
+            **{"model_type": "llama", "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256, "rms_norm_eps": 1e-5},
+            **{"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": [2, 0], "rope_theta": 10000.0},
+        }
+    )
+    draw = np.random.default_rng(0)
+    flat = {}
+    for leaf in leaves(spec):
+        noise = draw.standard_normal(leaf.shape).astype(np.float32)
+        norm = "norm" in "/".join(leaf.path)
+        flat[leaf.path] = jnp.asarray(1 + 0.1 * noise if norm else noise / np.sqrt(spec.hidden_size))
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    hf.save_folder(folder, spec, jax.tree.map(jnp.asarray, nest(flat)), Tokenizer(tiny_tokenizer(), spec.eos_ids))
+    return folder
+
+
+def make_config(folder: pathlib.Path, model: pathlib.Path, **changes) -> pathlib.Path:
+    """`config.yaml` in `folder` with its data beside it: 2 rounds of 2 contexts, K = 2, S = 2; `changes` replace top-level sections."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(make_passages(0, 4)))
+    (folder / "validation.json").write_text(json.dumps(make_passages(4, 6)))
+    config = {
+        "name": "tiny",
+        "run_dir": str(folder / "run"),
+        "model": {"name": str(model), "dtype": "float32", "max_length": 192},
+        "task": {
+            **{"name": "knowledge", "train": str(folder / "train.json"), "validation": str(folder / "validation.json")},
+            **{"prompt": "facts", "answer_prompt": "chat"},
+        },
+        "fit": {
+            **{"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 0.02, "epochs": 4, "slots": 8, "tokens_per_step": 512},
+            "lengths": [64, 192],
+        },
+        "sample": {"temperature": 1.0, "max_tokens": 24, "rows": 4},
+        "answer": {"max_tokens": 8, "rows": 16},
+        "m_step": {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 0.01, "epochs": 2, "batch_size": 2},
+        "rest_em": {"rounds": 2, "contexts": 2, "edits": 2, "seeds": 2, "group": 1},
+        "evaluate": {"contexts": 2, "edits": 2, "seeds": 2, "resamples": 200, "group": 1},
+        "grade": {"threshold": 0.25},
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_model) -> pathlib.Path:
+    """A config file of a whole run that takes seconds; its run folder is `run` beside it."""
+    return make_config(tmp_path, tiny_model)
+
+
+# --- Tiny random checkpoints of every family, written by transformers itself -----------------------------------------
+
+TEXT = [
+    "The lighthouse keeper of Orsk counted 47 lamps, and wrote each of them down in a green ledger.",
+    "Who counted the lamps? The keeper did; it's said he never slept before 3 in the morning.",
+    "system user assistant You are a helpful assistant. Yes. No. Rewrite the passage, please.",
+    "Größe, naïve, 東京, привет, 🙂 and\n\n\ttabs.",
+]
+SMALL = {
+    "vocab_size": 352,  # more than the tokenizer's, as in Qwen
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# What is particular about each: (model_type, overrides of SMALL).
+FAMILIES = {
+    "llama2": (
+        "llama",
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rms_norm_eps": 1e-5},
+    ),
+    "llama3": ("llama", {"rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500.0}, "eos_token_id": [1, 3], "tie_word_embeddings": True}),
+    "smollm2": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "tie_word_embeddings": True}),
+}
+
+
+def byte_level_tokenizer(add_bos: bool = False):
+    """A transformers tokenizer: byte-level BPE trained on TEXT. Ids: 0 <s>, 1 <|endoftext|>, 2 <|im_start|>, 3 <|im_end|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet))
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>", clean_up_tokenization_spaces=False)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def gguf_fields() -> dict:
+    """The tokenizer part of a GGUF file's metadata, as llama.cpp would write it for `byte_level_tokenizer` as a SmolLM."""
+    import json
+
+    backend = json.loads(byte_level_tokenizer().backend_tokenizer.to_str())
+    vocab = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.token_type": [3] * 4 + [1] * (len(vocab) - 4),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in backend["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 3,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+
+
+def make_checkpoint(folder: pathlib.Path, family: str, seed: int = 0, **save_options) -> pathlib.Path:
+    """A random float32 checkpoint of `family` with a tokenizer, in `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, overrides = FAMILIES[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **overrides}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # The library starts norms at 1 and biases at 0, under which many mistakes would not show.
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise if name.endswith("bias") else noise / weight.shape[-1] ** 0.5)
+    model.save_pretrained(folder, **save_options)
+    byte_level_tokenizer(add_bos=family.startswith("llama")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    return byte_level_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_gguf_fields():
+    return gguf_fields
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """The folder of a tiny float32 checkpoint by family; "llama3" is sharded."""
+    pytest.importorskip("torch", reason="torch writes the reference checkpoints; pip install seal_jax[test]")
+    root = tmp_path_factory.mktemp("checkpoints")
+    options = {"llama3": {"max_shard_size": "60KB"}}
+    return {family: make_checkpoint(root / family, family, seed, **options.get(family, {})) for seed, family in enumerate(FAMILIES)}
+
+
+class Tiny:
+    """A checkpoint of `checkpoints` read by us (`spec`, `params`) and, on demand, by transformers (`reference`)."""
+
+    def __init__(self, folder: pathlib.Path):
+        from seal_jax.models import hf
+
+        self.folder = folder
+        self.spec, self.params, self.tokenizer = hf.read_folder(folder)
+
+    def load(self, **options):
+        """A fresh torch model in float32."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder, **options).eval()
+
+    @functools.cached_property
+    def reference(self):
+        """The torch model in float32; not to be changed."""
+        return self.load()
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoints):
+    """`tiny(family)` is the `Tiny` of that family, read once a session."""
+    return functools.cache(lambda family: Tiny(checkpoints[family]))

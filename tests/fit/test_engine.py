@@ -1,0 +1,269 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seal_jax import rng
+from seal_jax.config import FitConfig, LoraConfig
+from seal_jax.fit import engine as engine_lib
+from seal_jax.fit import plan
+from seal_jax.fit.engine import FitEngine, FitJob, Tokens, total_steps
+from seal_jax.models import lora
+from seal_jax.models.decoder import Decoder
+
+torch = pytest.importorskip("torch", reason="torch computes the reference; pip install seal_jax[test]")
+
+RANK, TARGETS, LENGTH = 4, ["q_proj", "v_proj"], 24
+LORA = LoraConfig(RANK, 8.0, TARGETS)
+FIT = FitConfig(lora=LORA, learning_rate=3e-3, epochs=3)
+
+
+def sequences(spec, count, seed, prompt=0):
+    """Random sequences of 5 to LENGTH + 1 tokens, the first `prompt` of which carry no loss."""
+    draw = np.random.default_rng(seed)
+    return tuple(
+        Tokens(tuple(draw.integers(0, spec.vocab_size, draw.integers(5, LENGTH + 2)).tolist()), max(1, prompt)) for _ in range(count)
+    )
+
+
+def make_engine(spec, slots=4, rows=4, config=LORA, dtype=jnp.float32, lengths=(LENGTH,), **options):
+    tokens = rows * LENGTH * options.get("batch_size", 1)
+    return FitEngine(Decoder(spec, dtype), config, slots=slots, tokens_per_step=tokens, lengths=lengths, **options)
+
+
+def adapter(fitted, job):
+    return [np.asarray(x[job]) for x in jax.tree.leaves(fitted.lora)]
+
+
+def assert_same(one, other):
+    """Losses and adapters of two fits of one job, each (losses, leaves), to 1e-5 of the size of each leaf."""
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    for a, b in zip(one[1], other[1], strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+# --- The same as PEFT and torch -------------------------------------------------------------------------------------
+
+
+def peft_fit(model, job, seed):
+    """(losses, adapter leaves) of the job, as a plain loop with PEFT, torch's AdamW and transformers' schedule does it."""
+    import peft
+    from transformers import get_scheduler
+
+    c = job.config
+    options = {"r": c.lora.rank, "lora_alpha": c.lora.alpha, "target_modules": list(c.lora.targets), "task_type": "CAUSAL_LM"}
+    adapted = peft.get_peft_model(model.load(), peft.LoraConfig(**options))
+    key = jax.random.wrap_key_data(rng.words(seed, *job.key, "adapter"))
+    tree = lora.init(key, model.spec, c.lora.rank, c.lora.targets)
+    modules = dict(adapted.named_modules())
+    places = []  # of our leaves, in their order
+    for group, members in sorted(tree["layers"].items()):
+        for target, leaf in sorted(members.items()):
+            name = f"base_model.model.model.layers.{{}}.{'self_attn' if group == 'attn' else 'mlp'}.{target}"
+            linear = [modules[name.format(i)] for i in range(model.spec.num_layers)]
+            places += [[m.lora_A["default"].weight for m in linear], [m.lora_B["default"].weight for m in linear]]
+            with torch.no_grad():
+                for i, m in enumerate(linear):
+                    m.lora_A["default"].weight.copy_(torch.tensor(np.asarray(leaf["a"][i]).T))
+                    assert not m.lora_B["default"].weight.any()
+    weights = [p for p in adapted.parameters() if p.requires_grad]
+    assert len(weights) == sum(map(len, places))
+    optimizer = torch.optim.AdamW(weights, lr=c.learning_rate, weight_decay=c.weight_decay)
+    kinds = {"constant": "constant_with_warmup"}
+    scheduler = get_scheduler(kinds.get(c.schedule, c.schedule), optimizer, c.warmup_steps, total_steps(job))
+    losses = []
+    for step in plan.epoch_orders(len(job.sequences), c.epochs, c.batch_size, rng.generator(seed, *job.key, "order"), c.max_steps):
+        batch = [job.sequences[i] for i in step]
+        ids = torch.zeros(len(batch), max(len(s.ids) for s in batch), dtype=torch.long)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        for row, s in enumerate(batch):
+            ids[row, : len(s.ids)] = torch.tensor(s.ids)
+            mask[row, : len(s.ids)] = 1
+            labels[row, s.loss_from : len(s.ids)] = torch.tensor(s.ids[s.loss_from :])
+        loss = adapted(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, c.max_grad_norm)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses, [np.stack([w.detach().numpy().T for w in place]) for place in places]
+
+
+PAPER = dataclasses.replace(FIT, epochs=10)  # but for rank and learning rate, which suit the tiny model
+ALL = LoraConfig(3, 6.0, list(lora.GROUPS))
+PARITY = {
+    # As the inner loop of the original: one sequence a step.
+    "batch_1": ("qwen2", PAPER, {}, 0),
+    # Five sequences, two at a time: the last step of an epoch has one.
+    "batch_2": ("llama3", dataclasses.replace(PAPER, lora=ALL, batch_size=2, learning_rate=1e-3), {"batch_size": 2}, 0),
+    # As the M-step: completion tokens only, gradients accumulated over microbatches; here the last one is not full.
+    "accumulated": (
+        "qwen3",
+        dataclasses.replace(PAPER, lora=ALL, batch_size=5, schedule="cosine", warmup_steps=2, weight_decay=0.05, epochs=6),
+        {"batch_size": 5, "microbatch": 2},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARITY)
+def test_equals_peft_and_torch(tiny, case):
+    """Loss by loss and leaf by leaf, two edits at once."""
+    family, config, options, prompt = PARITY[case]
+    model = tiny(family)
+    jobs = [FitJob(("parity", i), sequences(model.spec, 5 if case != "accumulated" else 7, i, prompt), config) for i in range(2)]
+    fitted = make_engine(model.spec, 2, 2, config.lora, **options).fit(model.params, jobs, seed=3)
+    for i, job in enumerate(jobs):
+        losses, leaves = peft_fit(model, job, 3)
+        assert len(losses) == total_steps(job) and min(losses) < losses[0] - 0.05  # it learns
+        assert np.abs(fitted.losses[i] - losses).max() <= 1e-4
+        for ours, theirs in zip(adapter(fitted, i), leaves, strict=True):
+            assert np.abs(theirs).max() > 1e-3
+            assert np.abs(ours - theirs).max() <= 1e-4
+
+
+# --- Isolation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tiny):
+    """Seven jobs that differ in everything that may differ, and what each gives alone."""
+    model = tiny("smollm2")
+    change = [
+        {},
+        {"learning_rate": 1e-4, "epochs": 5},
+        {"schedule": "cosine", "warmup_steps": 4},
+        {"lora": LoraConfig(2, 8.0, TARGETS)},
+        {"schedule": "constant", "weight_decay": 0.1, "max_grad_norm": 0.1},
+        {"lora": LoraConfig(1, 3.0, TARGETS), "max_steps": 4, "learning_rate": 1e-2},
+        {"max_grad_norm": 0.0, "epochs": 1},
+    ]
+    jobs = [
+        FitJob(("edit", i), sequences(model.spec, 2 + i % 3 * 2, 10 + i, i % 2 * 3), dataclasses.replace(FIT, **c))
+        for i, c in enumerate(change)
+    ]
+    alone = make_engine(model.spec, slots=1, rows=1)
+    solo = []
+    for job in jobs:
+        fitted = alone.fit(model.params, [job])
+        solo.append((fitted.losses[0], adapter(fitted, 0)))
+    return model, jobs, solo
+
+
+@pytest.mark.parametrize(
+    ("order", "slots", "rows", "lengths"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6], 4, 4, (LENGTH,)),  # more edits than slots
+        ([6, 3, 0, 5, 1, 4, 2], 4, 4, (LENGTH,)),  # in another order, so with other neighbours in other slots
+        ([1, 5], 4, 4, (LENGTH,)),  # in smaller company
+        ([0, 1, 2, 3, 4, 5, 6], 8, 4, (LENGTH,)),  # a slot for each
+        ([0, 1, 2, 3, 4, 5, 6], 4, 2, (LENGTH,)),  # fewer token slots a step
+        ([0, 1, 2, 3, 4, 5, 6], 4, 4, (12, LENGTH)),  # other padded lengths
+    ],
+)
+def test_many_at_once_equal_each_alone(world, order, slots, rows, lengths):
+    model, jobs, solo = world
+    fitted = make_engine(model.spec, slots, rows, lengths=lengths).fit(model.params, [jobs[i] for i in order])
+    for place, i in enumerate(order):
+        assert_same(solo[i], (fitted.losses[place], adapter(fitted, place)))
+        assert fitted.scale[place] == pytest.approx(jobs[i].config.lora.alpha / jobs[i].config.lora.rank)
+
+
+def test_the_engines_rank_does_not_matter(world):
+    """An edit of rank 2 in an engine of rank 4 is the edit of an engine of rank 2, and its other columns stay zero."""
+    model, jobs, solo = world
+    small = make_engine(model.spec, 1, 1, jobs[3].config.lora).fit(model.params, [jobs[3]])
+    wide = dict(zip("ab", solo[3][1][:2], strict=True))
+    assert not wide["a"][..., 2:].any() and not wide["b"][:, 2:].any() and wide["b"][:, :2].all()
+    cut = [x[..., :2] if n % 2 == 0 else x[:, :2] for n, x in enumerate(solo[3][1])]
+    assert_same((solo[3][0], cut), (small.losses[0], adapter(small, 0)))
+
+
+def test_results_depend_on_key_and_seed(world):
+    model, jobs, solo = world
+    fit = make_engine(model.spec, 1, 1).fit
+    again = fit(model.params, [jobs[0]])
+    assert np.array_equal(again.losses[0], solo[0][0])  # the same once more, to the bit
+    for other in (fit(model.params, [jobs[0]], seed=1), fit(model.params, [dataclasses.replace(jobs[0], key=("edit", 99))])):
+        assert not np.array_equal(other.losses[0], solo[0][0])
+        assert not np.isclose(adapter(other, 0)[0], solo[0][1][0]).any(axis=(0, 1)).all()
+
+
+# --- One program ----------------------------------------------------------------------------------------------------
+
+
+def test_new_values_do_not_compile_again(world):
+    """Other learning rates, schedules, ranks, step counts, seeds and weights run in the programs that are there already."""
+    model, jobs, _ = world
+    engine = make_engine(model.spec)
+    engine.fit(model.params, jobs)
+    before = {f: getattr(engine_lib, f)._cache_size() for f in ("_step", "_admit", "_initial", "_collect", "_zeros_state", "_zeros")}
+    changed = [
+        FitJob(
+            (*job.key, "new"),
+            sequences(model.spec, len(job.sequences), 77 + i),
+            dataclasses.replace(
+                job.config,
+                **{
+                    "learning_rate": 0.5 / (i + 1),
+                    "schedule": "cosine",
+                    "epochs": 4,
+                    "warmup_steps": i,
+                    "weight_decay": 0.3,
+                    "max_grad_norm": 9.0,
+                },
+                lora=LoraConfig(1 + i % 4, 1.0 + i, TARGETS),
+            ),
+        )
+        for i, job in enumerate(jobs)
+    ]
+    params = jax.tree.map(lambda x: x * 1.01, model.params)
+    make_engine(model.spec).fit(params, changed, seed=5)
+    assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
+
+
+def test_nothing_is_moved_between_host_and_device_unasked(world):
+    model, jobs, _ = world
+    engine = make_engine(model.spec)
+    engine.fit(model.params, jobs)
+    with jax.transfer_guard("disallow"):
+        engine.fit(model.params, jobs)
+
+
+def test_what_is_reported(world):
+    model, jobs, _ = world
+    seen = []
+    fitted = make_engine(model.spec).fit(model.params, jobs, progress=seen.append)
+    assert [len(x) for x in fitted.losses] == [total_steps(job) for job in jobs]
+    orders = [plan.epoch_orders(len(j.sequences), j.config.epochs, 1, rng.generator(0, *j.key, "order"), j.config.max_steps) for j in jobs]
+    real = sum(len(j.sequences[i].ids) - 1 for j, order in zip(jobs, orders, strict=True) for step in order for i in step)
+    assert fitted.waste.tokens == real == sum(seen)
+    assert fitted.waste.steps == len(seen) and fitted.waste.slots % LENGTH == 0 and 0 < fitted.waste.share < 1
+
+
+def test_bfloat16(world):
+    """Weights and activations in bfloat16, adapters and optimiser in float32: losses stay within 2 % of float32's."""
+    model, jobs, solo = world
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    fitted = make_engine(model.spec, 4, 4, dtype=jnp.bfloat16).fit(params, jobs[:4])
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fitted.lora))
+    for i in range(4):
+        np.testing.assert_allclose(fitted.losses[i], solo[i][0], rtol=0.02)
+
+
+def test_what_an_engine_refuses(world):
+    model, jobs, _ = world
+    engine = make_engine(model.spec)
+    job = jobs[0]
+    for bad in (
+        dataclasses.replace(job, sequences=()),
+        dataclasses.replace(job, config=dataclasses.replace(FIT, lora=LoraConfig(RANK + 1, 8.0, TARGETS))),
+        dataclasses.replace(job, config=dataclasses.replace(FIT, lora=LoraConfig(RANK, 8.0, ["q_proj"]))),
+        dataclasses.replace(job, config=dataclasses.replace(FIT, batch_size=2)),
+    ):
+        with pytest.raises(ValueError, match="'edit', 0"):
+            engine.fit(model.params, [job, bad])
+    assert engine.fit(model.params, []).losses == []

@@ -1,0 +1,149 @@
+"""The configs that come with the project: all are valid, and the one for Qwen2.5-7B is built abstractly, without a weight in memory."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seal_jax import config as config_lib
+from seal_jax import tasks
+from seal_jax.fit import engine, plan
+from seal_jax.fit.step import Batch, empty_state
+from seal_jax.models import lora as lora_lib
+from seal_jax.models.decoder import Decoder
+from seal_jax.models.load import resolve_dtype
+from seal_jax.models.spec import from_hf
+from seal_jax.models.tree import leaves, nest
+from seal_jax.rest_em.loop import grader
+from seal_jax.sample import decode
+from seal_jax.tasks.base import Context
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+PAPER = CONFIGS / "knowledge_qwen2.5_7b.yaml"
+# The published config.json of Qwen2.5-7B.
+QWEN = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+
+
+def count(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def shapes(tree) -> list[tuple[tuple[int, ...], str]]:
+    return [(x.shape, str(x.dtype)) for x in jax.tree.leaves(tree)]
+
+
+def stacked(tree, number: int):
+    """The shapes of `number` trees stacked."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((number, *x.shape), x.dtype), tree)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    config = config_lib.load(path)
+    assert config.name == path.stem, "the run folder is named after the file"
+    context = Context("0", "Orsk", {"context": "Orsk sells salt.", "questions": [{"question": "What does it sell?", "answer": "salt"}]})
+    task = tasks.build(config.task, grader(config))
+    prompt = task.edit_prompt(context)
+    assert "Orsk sells salt." in (prompt.text or prompt.messages[-1]["content"])
+    assert task.probes(context)
+
+
+def test_paper_config_has_the_papers_numbers():
+    """Knowledge incorporation, single passage: section 3.1, appendix B and the original's scripts."""
+    c = config_lib.load(PAPER)
+    assert (c.rest_em.edits, c.rest_em.seeds, c.rest_em.contexts, c.rest_em.rounds, c.rest_em.select) == (5, 3, 50, 2, "best")
+    assert (c.fit.lora.rank, c.fit.lora.alpha, c.fit.lora.targets) == (32, 64.0, ["q_proj", "v_proj"])
+    assert (c.fit.learning_rate, c.fit.schedule, c.fit.epochs, c.fit.batch_size) == (1e-3, "linear", 10, 1)
+    assert (c.fit.warmup_steps, c.fit.weight_decay, c.fit.max_grad_norm) == (0, 0.0, 1.0)
+    assert (c.sample.temperature, c.sample.top_p, c.sample.top_k, c.sample.max_tokens) == (1.0, 0.95, 0, 8192)
+    assert (c.m_step.lora.rank, c.m_step.lora.alpha, set(c.m_step.lora.targets)) == (64, 128.0, set(config_lib.LINEAR))
+    assert (c.m_step.learning_rate, c.m_step.epochs, c.m_step.batch_size) == (3e-4, 2, 10)
+    assert (c.evaluate.contexts, c.answer.max_tokens) == (200, 64)
+    assert (c.task.prompt, c.task.answer_prompt, c.task.shuffle, c.task.drop_headers) == ("implications", "base", 42, False)
+    assert c.model.max_length > c.sample.max_tokens, "or a passage leaves no room for a whole self-edit"
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """(config, decoder, shapes of its parameters in the config's dtype)."""
+    config, spec = config_lib.load(PAPER), from_hf(QWEN)
+    decoder = Decoder(spec, resolve_dtype(config.model.dtype), config.model.remat)
+    params = jax.eval_shape(decoder.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8), jnp.int32))["params"]
+    return config, decoder, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, decoder.dtype), params)
+
+
+@pytest.fixture(autouse=True)
+def nothing_allocated():
+    """A test of this file may put a few scalars on the device, but nothing of a model's size."""
+    before = sum(x.nbytes for x in jax.live_arrays())
+    yield
+    assert sum(x.nbytes for x in jax.live_arrays()) - before < 1 << 20
+
+
+def test_the_7b_decoder_has_the_published_size(qwen):
+    _, decoder, params = qwen
+    assert count(params) == 7_615_616_512
+    assert count(params) - count(params["embed"]) - count(params["lm_head"]) == 6_525_621_760, "the published size without embeddings"
+    assert params["layers"]["attn"]["k_proj"]["bias"].shape == (28, 512)
+    read = nest({leaf.path: leaf.shape for leaf in leaves(decoder.spec)})
+    assert jax.tree.map(lambda x: x.shape, params) == read, "what a checkpoint is read into"
+
+
+def test_one_step_of_64_edits_of_the_7b_lowers(qwen):
+    config, decoder, params = qwen
+    fit = engine.FitEngine(decoder, config.fit.lora, slots=config.fit.slots, tokens_per_step=config.fit.tokens_per_step)
+    assert count(fit.adapter_shapes) == lora_lib.count(decoder.spec, 32, ["q_proj", "v_proj"]) == 28 * 32 * (2 * 3584 + 3584 + 512)
+    state = jax.eval_shape(lambda: empty_state(fit.adapter_shapes, config.fit.slots))
+    rows = plan.row_choices(64, config.fit.batch_size, config.fit.tokens_per_step, config.fit.slots)[-1]
+    tokens = jax.ShapeDtypeStruct((rows, 1, config.fit.batch_size, 64), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((rows,), jnp.int32), tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
+    after, losses = engine._step.lower(decoder, 128, params, state, batch).out_info
+    assert rows == 8 and losses.shape == (rows,)
+    assert shapes(after) == shapes(state), "a step gives back the state that it takes, so that it can be donated"
+    assert after.lora["layers"]["attn"]["v_proj"]["b"].shape == (64, 28, 32, 512)
+
+
+def test_an_m_step_of_the_7b_lowers(qwen):
+    config, decoder, params = qwen
+    m = config.m_step
+    fit = engine.FitEngine(decoder, m.lora, slots=1, tokens_per_step=1, batch_size=m.batch_size, microbatch=m.microbatch)
+    state = jax.eval_shape(lambda: empty_state(fit.adapter_shapes, 1))
+    tokens = jax.ShapeDtypeStruct((1, m.batch_size // m.microbatch, m.microbatch, 1024), jnp.int32)
+    batch = Batch(jax.ShapeDtypeStruct((1,), jnp.int32), tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
+    after, losses = engine._step.lower(decoder, 1024, params, state, batch).out_info
+    assert losses.shape == (1,) and shapes(after) == shapes(state)
+    merged = jax.eval_shape(lora_lib.merge, params, fit.adapter_shapes, m.lora.alpha / m.lora.rank)
+    assert shapes(merged) == shapes(params)
+
+
+def test_adapted_decoding_of_the_7b_lowers(qwen):
+    config, decoder, params = qwen
+    adapters, each, length = 4, 5, 128
+    lora = stacked(jax.eval_shape(functools.partial(lora_lib.init, jax.random.key(0), decoder.spec, 32, config.fit.lora.targets)), adapters)
+    prompts = jax.ShapeDtypeStruct((adapters, each, 64), jnp.int32)
+    prefix = decode.prefill.lower(decoder, params, lora, prompts, jax.ShapeDtypeStruct((adapters, each), jnp.int32)).out_info
+    assert prefix.logits.shape == (adapters, each, 152064) and prefix.logits.dtype == jnp.float32
+    rows = jax.eval_shape(functools.partial(decode.empty, decoder, adapters, each, length, config.answer.max_tokens))
+    assert rows.cache.v.shape == (adapters, 28, each, 4, length, 128) and rows.cache.v.dtype == jnp.bfloat16
+    after = decode.decode.lower(decoder, decoder.spec.eos_ids, params, lora, rows, jax.ShapeDtypeStruct((), jnp.int32)).out_info
+    assert shapes(after) == shapes(rows)

@@ -1,0 +1,58 @@
+"""The pages of docs/ are true where code can tell."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from seal_jax import cli, config
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def page():
+    """docs/configuration.py, which writes configuration.md."""
+    spec = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_configuration_is_up_to_date(page):
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(), "a default or a comment has changed; run: make docs"
+
+
+def keys(data, prefix=""):
+    for key, value in data.items():
+        yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+
+def test_configuration_has_every_key_with_a_meaning(page):
+    """Independent of the page's own walk: the keys of a built configuration."""
+    known = set(keys(config.to_dict(config.build({"task": {"name": "knowledge"}}))))
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.*) \|$", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {key for key, _, _ in rows} == known and len(rows) == len(known)
+    assert not [key for key, _, meaning in rows if not meaning], "say in a comment beside the field what it means"
+
+
+def test_documented_defaults_are_what_a_config_without_the_key_gets(page):
+    """The page's defaults, given as overrides, change nothing."""
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    plain = {"task": {"name": "knowledge"}}
+    assert config.build(plain, [f"{key}={value}" for key, value in rows]) == config.build(plain)
+
+
+def test_differences_names_keys_and_commands_that_exist():
+    text = (DOCS / "differences.md").read_text(encoding="utf-8")
+    known = set(keys(config.to_dict(config.build({"task": {"name": "knowledge"}}))))
+    sections = {key.split(".")[0] for key in known if "." in key}
+    spans = [part for span in re.findall(r"`([^`]+)`", text) for part in ([span] if span.startswith("seal-jax") else span.split())]
+    named = {span.split("=")[0] for span in spans if span.split(".")[0] in sections and "." in span}
+    assert len(named) >= 8 and named <= known, named - known
+    commands = [span for span in spans if span.startswith("seal-jax")]
+    assert commands
+    for command in commands:
+        cli.parser().parse_args(shlex.split(command)[1:])

@@ -1,0 +1,68 @@
+"""The package that setup.py describes: what the code imports is required, what is required is imported, and data files come along."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+import runpy
+import sys
+
+import pytest
+import setuptools
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def given() -> dict:
+    """The arguments that setup.py calls `setup` with."""
+    kept = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setuptools, "setup", lambda **arguments: kept.update(arguments))
+        patch.chdir(ROOT)
+        runpy.run_path(str(ROOT / "setup.py"))
+    return kept
+
+
+def canonical(requirement: str) -> str:
+    """The name of a requirement's distribution as the index compares names."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.\-]+", requirement)[0]).lower()
+
+
+def imported() -> dict[str, str]:
+    """The top-level modules that the package imports, other than its own and the standard library's, with a file that does."""
+    found = {}
+    for path in (ROOT / "seal_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for name in names:
+                found[name.split(".")[0]] = str(path.relative_to(ROOT))
+    return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"seal_jax"}}
+
+
+def test_what_is_imported_is_required_and_nothing_else(given):
+    distributions = importlib.metadata.packages_distributions()
+    required = {canonical(r) for r in given["install_requires"]}
+    providers = {name: {canonical(d) for d in distributions[name]} for name in imported()}
+    missing = {name: imported()[name] for name, who in providers.items() if not who & required}
+    assert not missing, missing
+    unused = required - set().union(*providers.values())
+    assert not unused, unused
+
+
+def test_data_files_and_packages_are_included(given):
+    root = ROOT / "seal_jax"
+    matched = {path for pattern in given["package_data"]["seal_jax"] for path in root.glob(pattern)}
+    there = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert there and there == matched, there ^ matched
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in root.rglob("*.py")}
+    assert folders == set(given["packages"]), "a folder without __init__.py is left out of a wheel"
+
+
+def test_the_command_exists(given):
+    assert given["entry_points"]["console_scripts"] == ["seal-jax = seal_jax.cli:main"]
+    from seal_jax.cli import main
+
+    assert callable(main)
