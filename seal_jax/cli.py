@@ -40,11 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nseal-jax: interrupted; nothing finished is lost, the same command goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         return 1
     except OSError as error:
+        if error.filename is None:
+            _close_output()
         print(f"seal-jax: {error.filename or 'standard output'}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
         return 2
+
+
+def _close_output() -> None:
+    """What is still to be written to a standard output that takes no more goes nowhere, instead of failing again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Parser(argparse.ArgumentParser):

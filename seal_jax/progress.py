@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -47,7 +48,9 @@ class _Lines:
 def bar(what: str, total: int, unit: str) -> Iterator[Progress]:
     """The progress of one step: `what` it does, in `total` units."""
     if sys.stderr.isatty():
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999, mininterval=0.2, ncols=96) as shown:
+        size = os.get_terminal_size(sys.stderr.fileno())  # of 0 by 0, where it does not say
+        shape = {"ncols": min(size.columns or 80, 96), "nrows": size.lines or 24}
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999, mininterval=0.2, **shape) as shown:
             yield shown
     else:
         yield _Lines(what, total, unit)

@@ -1,5 +1,6 @@
 """What all tests share: settings of JAX, a tiny model with a config whose whole run takes seconds, and checkpoints of every family."""
 
+import contextlib
 import functools
 import json
 import os
@@ -22,6 +23,21 @@ CHAT_TEMPLATE = (
 TOWNS = ("Orsk", "Vell", "Mard", "Tine", "Quor", "Brast")
 FLAG = "v ve w mar"  # with `grade.threshold` below, one of them is enough: a random model hits it now and then, so that rewards differ
 GOODS = ("salt", "tin", "amber", "wool", "flint", "copper")
+
+
+@pytest.fixture(scope="session")
+def quick_compile():
+    """`with quick_compile():` compiles in about half the time, to slower programs: for tests that compile much and compute little."""
+    import jax
+
+    @contextlib.contextmanager
+    def quick():
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
+
+    return quick
 
 
 def make_passages(start: int, stop: int) -> list[dict]:
@@ -111,7 +127,7 @@ def make_config(folder: pathlib.Path, model: pathlib.Path, **changes) -> pathlib
             **{"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 0.02, "epochs": 4, "slots": 8, "tokens_per_step": 512},
             "lengths": [64, 192],
         },
-        "sample": {"temperature": 1.0, "max_tokens": 24, "rows": 4},
+        "sample": {"temperature": 1.0, "max_tokens": 24, "rows": 2},  # 2: one program for any K and group
         "answer": {"max_tokens": 8, "rows": 16},
         "m_step": {"lora": {"rank": 4, "alpha": 8.0}, "learning_rate": 0.01, "epochs": 2, "batch_size": 2},
         "rest_em": {"rounds": 2, "contexts": 2, "edits": 2, "seeds": 2, "group": 1},
@@ -128,6 +144,24 @@ def make_config(folder: pathlib.Path, model: pathlib.Path, **changes) -> pathlib
 def tiny_config(tmp_path, tiny_model) -> pathlib.Path:
     """A config file of a whole run that takes seconds; its run folder is `run` beside it."""
     return make_config(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def write_config(tiny_model):
+    """`write_config(folder, section={...})` is `tiny_config` in another folder, with sections replaced."""
+    return functools.partial(make_config, model=tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, write_config, quick_compile) -> pathlib.Path:
+    """The folder of the finished run of a `tiny_config`, which lies beside it. To be read, not changed: tests share it."""
+    from seal_jax import config
+    from seal_jax.rest_em import loop
+
+    settings = config.load(write_config(tmp_path_factory.mktemp("tiny_run")))
+    with quick_compile():
+        loop.train(settings)
+    return pathlib.Path(settings.run_dir)
 
 
 # --- Tiny random checkpoints of every family, written by transformers itself -----------------------------------------
@@ -239,7 +273,8 @@ def make_gguf_fields():
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, pathlib.Path]:
     """The folder of a tiny float32 checkpoint by family; "llama3" is sharded."""
-    pytest.importorskip("torch", reason="torch writes the reference checkpoints; pip install seal_jax[test]")
+    torch = pytest.importorskip("torch", reason="torch writes the reference checkpoints; pip install seal_jax[test]")
+    torch.set_num_threads(1)  # more only get in each other's way with models of this size
     root = tmp_path_factory.mktemp("checkpoints")
     options = {"llama3": {"max_shard_size": "60KB"}}
     return {family: make_checkpoint(root / family, family, seed, **options.get(family, {})) for seed, family in enumerate(FAMILIES)}

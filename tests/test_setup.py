@@ -6,20 +6,21 @@ import pathlib
 import re
 import runpy
 import sys
+import types
 
 import pytest
-import setuptools
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def given() -> dict:
-    """The arguments that setup.py calls `setup` with."""
+    """The arguments that setup.py calls `setup` with; setuptools itself is there only while a package is built."""
     kept = {}
+    packages = [".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "seal_jax").rglob("__init__.py")]
+    stand_in = types.SimpleNamespace(setup=lambda **arguments: kept.update(arguments), find_packages=lambda include: packages)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setuptools, "setup", lambda **arguments: kept.update(arguments))
-        patch.chdir(ROOT)
+        patch.setitem(sys.modules, "setuptools", stand_in)
         runpy.run_path(str(ROOT / "setup.py"))
     return kept
 

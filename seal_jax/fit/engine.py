@@ -155,7 +155,7 @@ class FitEngine:
                 state = self._admit(state, action, jobs, scalars, seed)
             elif isinstance(action, plan.Retire):
                 index = [_pad(x, slots, fill) for x, fill in ((action.slots, 0), (action.edits, 1 << 30))]
-                out = _collect(out, state.lora, *index)
+                out = _collect(out, state.lora, *jax.device_put(index))
             else:
                 batch, real = self._batch(action, jobs, orders, slots)
                 chunk = max(16, LOSS_POSITIONS // action.rows)
@@ -185,8 +185,9 @@ class FitEngine:
             edits += [edits[-1]] * (size - len(edits))
             keys = np.stack([rng.words(seed, *jobs[e].key, "adapter") for e in edits])
             active = np.asarray([jobs[e].config.lora.rank for e in edits], np.int32)
-            lora = _initial(self.decoder.spec, self.rank, self.targets, keys, active)
-            state = _admit(state, _pad(slots, size, 1 << 30), lora, jax.tree.map(lambda x, e=edits: x[np.asarray(e)], scalars))
+            lora = _initial(self.decoder.spec, self.rank, self.targets, *jax.device_put((keys, active)))
+            rates = jax.tree.map(lambda x, e=edits: x[np.asarray(e)], scalars)
+            state = _admit(state, *jax.device_put((_pad(slots, size, 1 << 30), lora, rates)))
         return state
 
     def _batch(
@@ -206,7 +207,7 @@ class FitEngine:
         split = (action.rows, -(-self.batch_size // self.microbatch), self.microbatch, action.length)
         short = split[1] * split[2] - self.batch_size
         arrays = [np.pad(x, ((0, 0), (0, short), (0, 0))).reshape(split) for x in (inputs, targets, weights)]
-        return step_lib.Batch(_pad(action.slots, action.rows, 1 << 30), *arrays), real
+        return jax.device_put(step_lib.Batch(_pad(action.slots, action.rows, 1 << 30), *arrays)), real
 
 
 @functools.partial(jax.jit, static_argnums=(1,))

@@ -55,7 +55,7 @@ def empty(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> 
 
 @functools.partial(jax.jit, static_argnums=(0,))
 def prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
-    """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` leaves [E, ...], or None)."""
+    """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` [E, ...] or None)."""
 
     def one(lora: Any, tokens: jax.Array, length: jax.Array) -> tuple[Cache, jax.Array]:
         cache = empty_cache(decoder.spec, tokens.shape[0], tokens.shape[1], decoder.dtype)

@@ -58,10 +58,16 @@ def generate(
 
     `rows` sequences are decoded at once. `lora`: adapters stacked [E, ...] with their scale folded in (`models.lora.scaled`), among
     which `Request.adapter` chooses; None: the bare model. `progress` is called with the number of finished requests.
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, for `max_tokens` below 1, and for an adapter that is not there.
     """
-    if any(not r.prompt for r in requests):
-        raise ValueError("a prompt without tokens cannot be continued")
+    count = 1 if lora is None else jax.tree.leaves(lora)[0].shape[0]
+    for i, r in enumerate(requests):
+        if not r.prompt:
+            raise ValueError(f"request {i}: a prompt without tokens cannot be continued")
+        if r.max_tokens < 1:
+            raise ValueError(f"request {i}: max_tokens={r.max_tokens}: expected at least 1")
+        if not 0 <= r.adapter < count:
+            raise ValueError(f"request {i}: adapter {r.adapter} of {0 if lora is None else count}")
     results: list[Generated | None] = [None] * len(requests)
     queues: dict[int, list[int]] = {}
     # Requests that share a prompt stand next to each other, so that it is prefilled once for them.
@@ -70,7 +76,8 @@ def generate(
     if not queues:
         return []
     each = min(rows, max(map(len, queues.values())))
-    at_once = max(1, rows // each)
+    # No more than there are, but for a rounding that keeps the number of programs small.
+    at_once = min(max(1, rows // each), 1 << (len(queues) - 1).bit_length())
     adapters = sorted(queues)
     for start in range(0, len(adapters), at_once):
         group = adapters[start : start + at_once]
@@ -97,9 +104,7 @@ def _run(
     out = max(r.max_tokens for r in everyone)
     if lora is not None:
         index = np.asarray([*group, *[group[-1]] * (at_once - len(group))], np.int32)
-        lora = _take(lora, index)
-    elif len(group) > 1:
-        raise ValueError("requests name several adapters, but none were given")
+        lora = _take(lora, jax.device_put(index))
     size = at_once if lora is not None else 1
     state = device.empty(decoder, size, each, room, 1 << (out - 1).bit_length())
     queues = [list(q) for q in queues]
@@ -112,7 +117,7 @@ def _run(
             owner.update({(e, r): i for e, pairs in enumerate(taken) for r, i in pairs})
         if not owner:
             return
-        state = device.decode(decoder, stop, params, lora, state, np.int32(LOOK if any(queues) else 4 * LOOK))
+        state = device.decode(decoder, stop, params, lora, state, jax.device_put(np.int32(LOOK if any(queues) else 4 * LOOK)))
         done, drawn = jax.device_get((state.done, state.drawn))
         ended = [place for place in owner if done[place]]
         if ended:
@@ -156,5 +161,5 @@ def _start(
             request = requests[i]
             row[e, q], source[e, q], limit[e, q] = r, unique[e].index(request.prompt), request.max_tokens
             key[e, q], temperature[e, q], top_p[e, q], top_k[e, q] = request.key, request.temperature, request.top_p, request.top_k
-    prefix = device.prefill(decoder, params, lora, tokens, lengths)
-    return device.insert(stop, state, prefix, row, source, limit, Sampling(key, temperature, top_p, top_k))
+    prefix = device.prefill(decoder, params, lora, *jax.device_put((tokens, lengths)))
+    return device.insert(stop, state, prefix, *jax.device_put((row, source, limit, Sampling(key, temperature, top_p, top_k))))

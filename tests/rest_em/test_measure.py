@@ -1,0 +1,126 @@
+"""`measure` with a scripted policy and task: who is fitted, what is asked, and how the results find their places."""
+
+import json
+
+import numpy as np
+
+from seal_jax.rest_em.measure import measure
+from seal_jax.rest_em.policy import Adapted
+from seal_jax.tasks.base import Context, Prompt, Score, TrainingSet, TrainSequence
+
+
+class Task:
+    """Self-edits that start with "bad" are unusable. An answer "yes ..." is right, "?" is ungraded."""
+
+    def edit_prompt(self, context):
+        return Prompt(text=f"edit {context.id}")
+
+    def training_set(self, context, edit):
+        if edit.startswith("bad"):
+            return TrainingSet((), problem="bad", dropped=1)
+        return TrainingSet((TrainSequence(edit),))
+
+    def baselines(self, context):
+        return {"passage only": TrainingSet((TrainSequence(context.payload["passage"]),))}
+
+    def probes(self, context):
+        return [Prompt(text=f"{context.id} {q}") for q in context.payload["questions"]]
+
+    def score(self, items):
+        self.scored = [(context.id, list(outputs)) for context, outputs in items]
+        return [Score.of([None if o == "?" else o.startswith("yes") for o in outputs]) for _, outputs in items]
+
+    def text(self, context):
+        return context.payload["passage"]
+
+    def describe(self, context):
+        return [(q, "gold") for q in context.payload["questions"]]
+
+
+class Policy:
+    """Writes what `script` says under (context, candidate); an adapted model answers with its key, and "yes" if `right` says so."""
+
+    def __init__(self, script, right=lambda key, i: True):
+        self.script, self.right, self.fitted = script, right, []
+
+    def write(self, prompts, keys, what):
+        self.keys = keys
+        return [[self.script[key[-2], key[-1]] for key in each] for each in keys]
+
+    def tokenise(self, training):
+        return tuple(s for s in training.sequences if len(s.completion.split()) > 1)
+
+    def adapt(self, edits, what):
+        self.fitted += [(e.key, e.training.sequences[0].completion) for e in edits]
+        answers = [["yes" if self.right(e.key, i) else "no" for i in range(len(e.probes))] for e in edits]
+        return [Adapted(tuple(a), np.asarray([2.0, 1.0])) for a in answers]
+
+    def answer(self, probes, what):
+        return [["?" if "hard" in p.text else "no" for p in each] for each in probes]
+
+
+CONTEXTS = [
+    Context("a", "A", {"passage": "a passage", "questions": ["1", "2"]}),
+    Context("b", "B", {"passage": "single", "questions": ["hard"]}),
+]
+
+
+def run(policy, task, **options):
+    record = measure(policy, task, CONTEXTS, **{"key": ("round", 1), "edits": 2, "seeds": 2, "baselines": True, **options})
+    return json.loads(json.dumps(record))
+
+
+def test_everything_finds_its_place():
+    policy = Policy(
+        {("a", 0): "some text", ("a", 1): "bad", ("b", 0): "word", ("b", 1): "two words"},
+        right=lambda key, i: (key[-2], key[-1], i) in {(0, 1, 0), (0, 1, 1), ("passage only", 0, 1), (1, 0, 0)},
+    )
+    task = Task()
+    a, b = run(policy, task)["contexts"]
+    assert policy.keys == [[("round", 1, "a", 0), ("round", 1, "a", 1)], [("round", 1, "b", 0), ("round", 1, "b", 1)]]
+    # Fitted are usable training sets alone, once a seed, each under a key that tells them apart.
+    assert policy.fitted == [
+        (("round", 1, "a", "passage only", 0), "a passage"),
+        (("round", 1, "a", "passage only", 1), "a passage"),
+        (("round", 1, "a", 0, 0), "some text"),
+        (("round", 1, "a", 0, 1), "some text"),
+        (("round", 1, "b", 1, 0), "two words"),
+        (("round", 1, "b", 1, 1), "two words"),
+    ]
+    assert len(task.scored) == len(policy.fitted) + 2, "all answers are graded in one call, each context's bare answers once"
+    assert [t["reward"] for t in a["methods"]["no adaptation"]] == [0.0]
+    assert [(t["seed"], t["reward"]) for t in a["methods"]["passage only"]] == [(0, 0.5), (1, 0.0)]
+    first, second = a["edits"]
+    assert [t["reward"] for t in first["trials"]] == [0.0, 1.0] and first["reward"] == 0.5
+    assert first["trials"][0] == {
+        **{"seed": 0, "outputs": ["no", "no"], "verdicts": [False, False], "reward": 0.0},
+        **{"loss_first": 2.0, "loss_last": 1.0, "steps": 2},
+    }
+    assert (second["problem"], second["reward"], second["trials"], second["dropped"]) == ("bad", 0.0, [], 1)
+    assert (a["passage"], a["questions"]) == ("a passage", [["1", "gold"], ["2", "gold"]])
+    # What the tokeniser leaves nothing of is a problem too, of a self-edit as of a baseline, and stops nobody.
+    assert b["edits"][0]["problem"] == "no token to predict in the training sequences" and b["edits"][0]["reward"] == 0.0
+    assert b["methods"]["passage only"] == []
+    assert [t["reward"] for t in b["edits"][1]["trials"]] == [1.0, 0.0]
+
+
+def test_ungraded_is_no_reward():
+    policy = Policy({(c, k): "some text" for c in "ab" for k in range(2)})
+    _, b = run(policy, Task())["contexts"]
+    bare = b["methods"]["no adaptation"][0]
+    assert bare["verdicts"] == [None] and bare["reward"] is None
+
+
+def test_without_baselines_and_with_nothing_to_fit():
+    policy = Policy({(c, k): "bad" for c in "ab" for k in range(2)})
+    a, b = run(policy, Task(), baselines=False)["contexts"]
+    assert policy.fitted == []
+    for record in (a, b):
+        assert list(record["methods"]) == ["no adaptation"]
+        assert [e["reward"] for e in record["edits"]] == [0.0, 0.0]
+
+
+def test_seconds_are_told_by_stage():
+    record = run(Policy({(c, k): "some text" for c in "ab" for k in range(2)}), Task())
+    assert set(record["seconds"]) == {"sample", "adapt", "bare", "grade"}
+    assert all(seconds >= 0 for seconds in record["seconds"].values())
