@@ -153,6 +153,20 @@ def write_config(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def units():
+    """`units(folder)`: the results of a run by name, without the times that they took."""
+    from seal_jax.runs.store import RunStore
+
+    def read(folder):
+        found = {name: RunStore(folder).read(name) for name in RunStore(folder).names()}
+        for unit in found.values():
+            unit.pop("seconds", None)
+        return found
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, write_config, quick_compile) -> pathlib.Path:
     """The folder of the finished run of a `tiny_config`, which lies beside it. To be read, not changed: tests share it."""
     from seal_jax import config

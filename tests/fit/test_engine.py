@@ -138,7 +138,7 @@ def test_equals_peft_and_torch(tiny, case):
 
 @pytest.fixture(scope="module")
 def world(tiny):
-    """Seven jobs that differ in everything that may differ, and what each gives alone."""
+    """Seven jobs that differ in everything that may differ, five that differ in their steps, and what each gives alone."""
     model = tiny("smollm2")
     change = [
         {},
@@ -152,6 +152,10 @@ def world(tiny):
     jobs = [
         FitJob(("edit", i), sequences(model.spec, 2 + i % 3 * 2, 10 + i, i % 2 * 3), dataclasses.replace(FIT, **c))
         for i, c in enumerate(change)
+    ]
+    # With four slots and rows, 10 and 11 end together, the later one in the lower slot.
+    jobs += [
+        FitJob(("step", i), sequences(model.spec, 1, 20 + i), dataclasses.replace(FIT, epochs=n)) for i, n in enumerate((6, 2, 6, 4, 2))
     ]
     alone = make_engine(model.spec, slots=1, rows=1)
     solo = []
@@ -167,6 +171,7 @@ def world(tiny):
         ([0, 1, 2, 3, 4, 5, 6], 4, 4, (LENGTH,)),  # more edits than slots
         ([6, 3, 0, 5, 1, 4, 2], 4, 4, (LENGTH,)),  # in another order, so with other neighbours in other slots
         ([1, 5], 4, 4, (LENGTH,)),  # in smaller company
+        ([7, 8, 9, 10, 11], 4, 4, (LENGTH,)),
         ([0, 1, 2, 3, 4, 5, 6], 8, 2, (LENGTH,)),  # a slot for each, and fewer token slots a step
         ([0, 1, 2, 3, 4, 5, 6], 4, 4, (12, LENGTH)),  # other padded lengths
     ],

@@ -45,6 +45,12 @@ def test_a_free_slot_does_not_wait():
     assert set(actions[4].edits) == {2, 3, 4}
 
 
+def test_long_edits_are_not_left_for_last():
+    """Two rows a step: one edit of twenty steps beside six of five takes the fifty steps in twenty-five."""
+    actions = plan.schedule([[16] * 5] * 6 + [[16] * 20], 7, 1, 32)
+    assert sum(isinstance(action, plan.Step) for action in actions) == 25
+
+
 @settings(deadline=None)
 @given(count=st.integers(1, 12), epochs=st.integers(1, 4), batch_size=st.integers(1, 5), seed=st.integers(0, 99))
 def test_every_sequence_once_an_epoch(count, epochs, batch_size, seed):

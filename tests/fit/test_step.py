@@ -178,14 +178,17 @@ def test_padding_never_enters(world):
     dirty, same = program(state, data._replace(inputs=np.where(pad, junk, data.inputs), targets=np.where(pad, junk, data.targets)))
     np.testing.assert_array_equal(losses, same)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
-    # The mean is over labels: without the last one, it is the mean of the others.
-    prompt = data.weights.copy()
-    prompt[..., :3] = 0  # now a prompt of three tokens
-    _, completion = program(state, data._replace(weights=prompt))
+    # The loss is a mean over labels: those of the first three tokens and those of the rest make up the whole.
+    first = data.weights * (np.arange(LENGTH) < 3)
+    _, start = program(state, data._replace(weights=first))
+    _, rest = program(state, data._replace(weights=data.weights - first))
+    counts = data.weights.sum(axis=(1, 2, 3))
+    np.testing.assert_allclose((3 * start + (counts - 3) * rest) / counts, losses, rtol=1e-6)
+    # What carries no loss is read all the same.
     changed = data.inputs.copy()
     changed[..., 0] = (changed[..., 0] + 1) % vocab
-    _, other = program(state, data._replace(inputs=changed, weights=prompt))
-    assert np.all(np.asarray(completion) != np.asarray(losses)) and np.all(np.asarray(completion) != np.asarray(other))
+    _, other = program(state, data._replace(inputs=changed, weights=data.weights - first))
+    assert np.all(np.asarray(rest) != np.asarray(other))
 
 
 def test_admission_resets_a_slot_and_only_that(world):

@@ -60,15 +60,6 @@ def e_step_records(folder, number):
     return [c for unit in ("000", "001") for c in RunStore(folder).read(f"rounds/{number}/e_step/{unit}")["contexts"]]
 
 
-def units(folder):
-    """The results of a run by name, without the times that they took."""
-    store = RunStore(folder)
-    found = {name: store.read(name) for name in store.names()}
-    for unit in found.values():
-        unit.pop("seconds", None)
-    return found
-
-
 def test_e_step_draws_depend_on_seed_round_context_and_candidate_alone(tiny_run, stage, base, tmp_path):
     def e_step(name, number=1, **sections):
         with RunStore.create_or_open(tmp_path / name, base) as store:
@@ -171,7 +162,7 @@ def test_rounds_done_counts_from_the_first(tiny_run, tmp_path):
     assert loop.rounds_done(RunStore(tmp_path)) == 0
 
 
-def test_a_finished_run_computes_nothing_again(tiny_run, base, tmp_path, monkeypatch):
+def test_a_finished_run_computes_nothing_again(tiny_run, base, tmp_path, monkeypatch, units):
     shutil.copytree(tiny_run, tmp_path / "run")
     monkeypatch.setattr(loop, "measure", None)
     monkeypatch.setattr(loop.Policy, "tune", None)
@@ -196,7 +187,7 @@ def test_contexts_with_prompts_too_long_are_skipped_and_counted(stage, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, tmp_path):
+def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, tmp_path, units):
     config = dataclasses.replace(base, run_dir=str(tmp_path / "e"))
     table = loop.evaluate_only(config, tiny_run)
     assert {row["policy"] for row in table["rows"]} == {"after 2 rounds"}
@@ -232,7 +223,7 @@ def test_an_evaluation_does_not_mix_two_policies(tiny_run, base, tmp_path):
         loop.evaluate_only(config, tmp_path / "run")
 
 
-def test_the_base_is_evaluated_in_the_runs_own_folder_and_train_goes_on_from_there(tiny_run, base, tmp_path, monkeypatch):
+def test_the_base_is_evaluated_in_the_runs_own_folder_and_train_goes_on_from_there(tiny_run, base, tmp_path, monkeypatch, units):
     config = dataclasses.replace(base, run_dir=str(tmp_path / "run"))
     table = loop.evaluate_only(config)
     assert {row["policy"] for row in table["rows"]} == {"base"}
@@ -301,7 +292,7 @@ def build(config, grader):
 """
 
 
-def test_a_task_that_nobody_knows_runs_from_its_package_alone(base, tmp_path, monkeypatch):
+def test_a_task_that_nobody_knows_runs_from_its_package_alone(base, tmp_path, monkeypatch, units):
     (tmp_path / "colours").mkdir()
     (tmp_path / "colours/__init__.py").write_text(COLOURS)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])

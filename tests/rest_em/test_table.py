@@ -49,22 +49,20 @@ def test_bootstrap_depends_on_the_seed_alone():
 
 def test_best_of_k_is_chosen_on_seed_0_and_scored_on_the_others():
     c = context(0.0, [0.0], edit(0, 0.5, 1.0, 1.0), edit(1, 1.0, 0.0, 0.5))
-    assert best_of_k(c, 3) == 0.25, "candidate 1 wins on seed 0 and earns 0.0 and 0.5 on the others"
-    only = context(0.0, [0.0], edit(0, 0.5), edit(1, 1.0))
-    assert best_of_k(only, 1) == 1.0, "with one seed there is no other"
+    assert best_of_k(c) == 0.25, "candidate 1 wins on seed 0 and earns 0.0 and 0.5 on the others"
 
 
 def test_best_of_k_of_equals_takes_the_first():
-    assert best_of_k(context(0.0, [0.0], edit(0, 0.5, 0.0), edit(1, 0.5, 1.0)), 2) == 0.0
+    assert best_of_k(context(0.0, [0.0], edit(0, 0.5, 0.0), edit(1, 0.5, 1.0))) == 0.0
 
 
 def test_best_of_k_with_unusable_and_ungraded_edits():
     bad = edit(0, problem="no usable line in the self-edit")
-    assert best_of_k(context(0.0, [0.0], bad, edit(1, 0.5, 1.0)), 2) == 1.0
-    assert best_of_k(context(0.0, [0.0], bad, edit(1, 0.0, 1.0)), 2) == 0.0, "an unusable edit earns 0 and, as the first of equals, wins"
-    assert best_of_k(context(0.0, [0.0], edit(0, None, 1.0), edit(1, 0.5, 0.0)), 2) == 0.0, "ungraded on seed 0 is never chosen"
-    assert best_of_k(context(0.0, [0.0], edit(0, 0.5, None)), 2) is None, "chosen, but its score is not known"
-    assert best_of_k(context(0.0, [0.0], edit(0, None, 1.0)), 2) is None
+    assert best_of_k(context(0.0, [0.0], bad, edit(1, 0.5, 1.0))) == 1.0
+    assert best_of_k(context(0.0, [0.0], bad, edit(1, 0.0, 1.0))) == 0.0, "an unusable edit earns 0 and, as the first of equals, wins"
+    assert best_of_k(context(0.0, [0.0], edit(0, None, 1.0), edit(1, 0.5, 0.0))) == 0.0, "ungraded on seed 0 is never chosen"
+    assert best_of_k(context(0.0, [0.0], edit(0, 0.5, None))) is None, "chosen, but its score is not known"
+    assert best_of_k(context(0.0, [0.0], edit(0, None, 1.0))) is None
 
 
 def test_means_and_paired_gains():
@@ -129,7 +127,16 @@ def test_a_method_that_nothing_is_known_of_has_an_empty_row():
     assert "–" in format_table({"rows": list(rows.values()), "notes": []})
 
 
-def test_notes_say_how_best_of_k_was_scored():
-    one = table({"base": [context(0.0, [0.0], edit(0, 0.5), edit(1, 0.0))]}, seeds=1, edits=2, resamples=10, seed=0, notes=["more"])
-    assert "optimistic" in one["notes"][1] and one["notes"][-1] == "more"
-    assert table_lib.rows([context(0.0, [0.0])], "base", 1, 0)[-1]["method"] == "passage only", "without self-edits, no rows of them"
+def test_best_of_k_needs_two_edits_and_two_seeds():
+    contexts = [context(0.0, [0.0, 0.0], edit(0, 0.5, 0.0), edit(1, 0.0, 1.0))]
+
+    def statistics(seeds, edits):
+        result = table({"base": contexts}, seeds=seeds, edits=edits, resamples=10, seed=0, notes=["more"])
+        assert result["notes"][-1] == "more"
+        assert ("best of K" in " ".join(result["notes"])) == ((seeds, edits) == (2, 2))
+        return [row["statistic"] for row in result["rows"]]
+
+    assert statistics(2, 2) == ["single", "single", "mean of K", "best of K"]
+    assert statistics(1, 2) == ["single", "single", "mean of K"], "chosen and scored on one seed, it would flatter itself"
+    assert statistics(2, 1) == ["single", "single", "mean of K"]
+    assert [row["method"] for row in table_lib.rows(contexts, "base", 2, 0)] == ["no adaptation", "passage only"]

@@ -144,6 +144,7 @@ def test_unfinished_run(made_up, tmp_path):
 
 def test_empty_run(tmp_path):
     (tmp_path / "config.yaml").write_text("name: fresh\n")
+    (tmp_path / "versions.json").write_text("{}")
     page = Page(write_report(tmp_path))
     for words in ("fresh", "No result table yet", "Nothing measured yet.", "None yet."):
         assert words in page.words

@@ -61,6 +61,15 @@ def test_ties_are_kept_together():
         assert out[1].all()
 
 
+def test_neighbouring_floats_are_told_apart():
+    steps = np.arange(100, dtype=np.int32)
+    p = (np.float32(0.01).view(np.int32) + steps).view(np.float32)[None]  # each one unit in the last place above the one before
+    for count in (1, 37, 99):
+        for top_p, top_k in ((1.0, count), ((count - 0.5) / 100, 0)):
+            out = np.asarray(kept(p, np.full(1, top_p, np.float32), np.full(1, top_k, np.int32)))
+            assert np.flatnonzero(out[0]).tolist() == list(range(100 - count, 100))
+
+
 def test_extremes():
     tiny, huge = np.finfo(np.float32).smallest_normal, 1e4
     logits = np.zeros((5, VOCAB), np.float32)

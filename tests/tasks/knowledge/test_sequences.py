@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_jax.tasks.knowledge.sequences import clean_lines, edit_lines, train_sequences
+from seal_jax.tasks.knowledge.sequences import clean_lines, edit_lines, sentences, train_sequences
 
 FACTS = ["The Brindle Mill was built in 1802.", "Ada Corro built the Brindle Mill."]
 
@@ -164,3 +164,15 @@ def test_any_text_gives_texts_that_hold_something(text, split_newlines, deduplic
     lines, dropped = edit_lines(text, split_newlines, True, deduplicate, "The Brindle Mill")
     assert all(line.strip() for line in lines)
     assert 0 <= dropped <= len(text.splitlines()) + text.count("---") * 2
+
+
+def test_split_sentences_cuts_a_paragraph():
+    text = "Built by J. R. Bell in 1802. It cost 3.5 crowns.\nDr. Hull came! 45 men left."
+    texts, dropped = edit_lines(text, split_sentences=True)
+    assert texts == ["Built by J. R. Bell in 1802.", "It cost 3.5 crowns.", "Dr. Hull came!", "45 men left."]
+    assert dropped == 0
+
+
+@pytest.mark.parametrize("text", ["", "  ", "One sentence without an end", "e.g. this one stays whole."])
+def test_sentences_of_a_single_one(text):
+    assert sentences(text) == ([text] if text.strip() else [])

@@ -1,0 +1,154 @@
+"""The command line in processes of its own: what it writes where, and runs that are killed and go on."""
+
+import json
+import multiprocessing
+import os
+import pty
+import random
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from seal_jax import cli
+from seal_jax.runs import checkpoint
+from seal_jax.runs.events import read_events
+
+# The command without torch, as on a user's machine; importing it takes seconds.
+COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from seal_jax.cli import main; sys.exit(main())"]
+ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def test_the_first_line_comes_before_anything_slow_is_imported(tiny_run):
+    code = (
+        "import sys; from seal_jax import cli; from seal_jax.errors import SealError\n"
+        "def say(text): print(text, sorted({'jax', 'transformers', 'torch', 'datasets', 'matplotlib'} & sys.modules.keys())); sys.exit()\n"
+        "cli._say = say; cli.main(sys.argv[1:])"
+    )
+    for arguments in (["train", tiny_run.parent / "config.yaml"], ["evaluate", tiny_run], ["generate", tiny_run]):
+        out = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=60).stdout
+        assert out.startswith(f"seal-jax {arguments[0]}: tiny, ") and out.endswith(" []\n")
+
+
+def test_output_to_pipes_is_results_on_one_and_plain_lines_on_the_other(tiny_config, tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([*json.loads((tmp_path / "train.json").read_text()), {"title": "No passage"}]))
+    command = [*COMMAND, "generate", str(tiny_config), "--limit", "1", "--split", "train"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["candidate"] for line in done.stdout.splitlines()] == [0, 1]
+    lines = done.stderr.splitlines()
+    assert lines[0] == "seal-jax generate: tiny, 1 contexts of train"
+    warning = f"WARNING: data source {tmp_path / 'train.json'}: 1 of 5 items skipped: 1 with an empty passage (item 4 'No passage')"
+    assert lines[1] == warning and "\r" not in done.stderr
+    assert all(line.startswith("writing self-edits: ") and line.endswith(" left") for line in lines[2:])
+
+
+def test_a_terminal_has_bars_with_the_time_left(tiny_config):
+    control, terminal = pty.openpty()
+    command = [*COMMAND, "generate", str(tiny_config), "--limit", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=ENVIRONMENT)
+    os.close(terminal)
+    seen = b""
+    while True:
+        try:
+            part = os.read(control, 4096)
+        except OSError:  # what a terminal says when nobody has it open any more
+            break
+        seen += part
+    os.close(control)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and len(out.splitlines()) == 2
+    assert b"writing self-edits: 100%|" in seen and b"2/2 [00:" in seen and b"<00:00" in seen
+
+
+def test_bad_input_to_the_real_command(tiny_config):
+    for command in (COMMAND, [sys.executable, "-m", "seal_jax.cli"]):
+        done = subprocess.run([*command, "train", str(tiny_config), "fit.epoch=1"], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"seal-jax: {tiny_config}: unknown key 'fit.epoch' (did you mean 'epochs'?)")
+        assert len(done.stderr.splitlines()) == 1
+
+
+# --- SIGKILL --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def start():
+    """`start(...)` runs a command in a process of its own, forked from one that has imported what is slow to import."""
+    context = multiprocessing.get_context("forkserver")
+    slow = ["seal_jax.rest_em.loop", "seal_jax.runs.report", "transformers.models.auto.tokenization_auto"]
+    context.set_forkserver_preload([*slow, "transformers.models.llama.configuration_llama"])
+    before = {key: os.environ.get(key) for key in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    running = []
+
+    def run(*arguments):
+        process = context.Process(target=cli.main, args=([str(a) for a in arguments],))
+        running.append(process)
+        process.start()
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def same_run(units, folder, unbroken):
+    """The results are the same, the table and the selections to the byte, the trained adapters to the bit."""
+    assert units(folder) == units(unbroken)
+    for path in unbroken.rglob("*.json"):
+        if path.name in ("table.json", "selection.json"):
+            assert (folder / path.relative_to(unbroken)).read_bytes() == path.read_bytes()
+    for number in (1, 2):
+        trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
+        for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+MOMENTS = (
+    "evaluate/before/000.json",
+    "rounds/1/e_step/001.json",
+    "rounds/1/selection.json",
+    "policy/1",
+    "rounds/1/m_step.json",
+    "evaluate/after/001.json",
+    "table.json",
+)
+
+
+def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+    folder = tmp_path / "run"
+    for moment in MOMENTS:
+        # By its config first, then by its folder.
+        process = start("train", folder if (folder / "config.yaml").exists() else tiny_config)
+        end = time.monotonic() + 200
+        while not (folder / moment).exists():
+            assert process.is_alive() and time.monotonic() < end, f"{moment} did not come"
+            time.sleep(0.002)
+        process.kill()
+        process.join()
+    process = start("train", folder)
+    process.join(200)
+    assert process.exitcode == 0
+    same_run(units, folder, tiny_run)
+    started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
+    assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
+
+
+def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+    folder = tmp_path / "run"
+    draw = random.Random(time.time_ns())
+    for _ in range(4):
+        process = start("train", tiny_config)
+        process.join(draw.uniform(0.2, 5.0))
+        process.kill()
+        process.join()
+    process = start("train", tiny_config)
+    process.join(200)
+    assert process.exitcode == 0
+    same_run(units, folder, tiny_run)
