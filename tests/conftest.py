@@ -9,6 +9,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 # In the environment, so that processes that tests start have it too; read when jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # nearly all the time goes into compiling: half of it
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")  # of accelerators, which would round products to less
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

