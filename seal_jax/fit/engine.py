@@ -129,7 +129,7 @@ class FitEngine:
         self.adapter_shapes = jax.eval_shape(shape)
 
     def fit(self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, progress: Callable[[int], None] | None = None) -> Fitted:
-        """Fits every job from a fresh adapter. `progress` is called with the number of trained token slots as steps are issued.
+        """Fits every job from a fresh adapter. `progress` is called with the number of real tokens of each step that ended.
 
         Raises ValueError for a job without sequences or with another rank, targets or batch size than the engine's.
         """
@@ -145,9 +145,10 @@ class FitEngine:
             [plan.padded_length(max(len(job.sequences[i].ids) - 1 for i in step), self.lengths) for step in order]
             for job, order in zip(jobs, orders, strict=True)
         ]
-        slots = min(self.slots, -(-len(jobs) // ADMIT) * ADMIT) if len(jobs) > 1 else 1
+        room = -(-len(jobs) // ADMIT) * ADMIT if len(jobs) > 1 else 1
+        slots = min(self.slots, room)
         state = _zeros_state(self.adapter_shapes, slots)
-        out = _zeros(self.adapter_shapes, max(1, -(-len(jobs) // ADMIT) * ADMIT if len(jobs) > 1 else 1))
+        out = _zeros(self.adapter_shapes, room)
         scalars, waste, issued = hyper(jobs), plan.Waste(), []
         pending: collections.deque[tuple[jax.Array, int]] = collections.deque()
         for action in plan.schedule(lengths, slots, self.batch_size, self.tokens_per_step):
@@ -157,14 +158,15 @@ class FitEngine:
                 index = [_pad(x, slots, fill) for x, fill in ((action.slots, 0), (action.edits, 1 << 30))]
                 out = _collect(out, state.lora, *jax.device_put(index))
             else:
-                batch, real = self._batch(action, jobs, orders, slots)
+                batch, real = self._batch(action, jobs, orders)
                 chunk = max(16, LOSS_POSITIONS // action.rows)
                 state, losses = _step(self.decoder, chunk, params, state, batch)
                 issued.append((action, losses))
                 waste.slots, waste.tokens, waste.steps = waste.slots + batch.inputs.size, waste.tokens + real, waste.steps + 1
-                pending.append((losses, real))
-                if progress is not None and len(pending) > AHEAD:
-                    _report(pending.popleft(), progress)
+                if progress is not None:
+                    pending.append((losses, real))
+                    if len(pending) > AHEAD:
+                        _report(pending.popleft(), progress)
         while progress is not None and pending:
             _report(pending.popleft(), progress)
         return Fitted(out, scalars.scale, _losses(issued, orders), waste)
@@ -190,9 +192,7 @@ class FitEngine:
             state = _admit(state, *jax.device_put((_pad(slots, size, 1 << 30), lora, rates)))
         return state
 
-    def _batch(
-        self, action: plan.Step, jobs: Sequence[FitJob], orders: Sequence[Sequence[Sequence[int]]], slots: int
-    ) -> tuple[step_lib.Batch, int]:
+    def _batch(self, action: plan.Step, jobs: Sequence[FitJob], orders: Sequence[Sequence[Sequence[int]]]) -> tuple[step_lib.Batch, int]:
         """The step's arrays, and how many of its token slots are real."""
         shape = (action.rows, self.batch_size, action.length)
         inputs, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)

@@ -13,7 +13,6 @@ import numpy as np
 
 from seal_jax import rng
 
-NONE = "no adaptation"
 EDIT = "passage + self-edit"
 
 

@@ -1,8 +1,8 @@
 """Generation for many requests and many adapters: queues on the host, `decode` on the device.
 
 Requests of one adapter share its rows; a row that ends takes the adapter's next request at the next look of the host, so that a few long
-sequences do not hold up the rest. Requests with the same prompt are prefilled together, once. A request's tokens depend on its prompt,
-adapter, key and sampling alone.
+sequences do not hold up the rest. Requests with the same prompt that start together share one prefill. A request's tokens depend on its
+prompt, adapter, key and sampling alone.
 """
 
 from __future__ import annotations

@@ -36,14 +36,6 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """One question of a context's downstream evaluation, with its reference answer."""
-
-    question: str
-    answer: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Context:
     """One thing to adapt to: a passage with its questions, an ARC task.
 
