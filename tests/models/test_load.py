@@ -48,7 +48,7 @@ def gguf_file(tmp_path_factory, make_gguf_fields):
 
 
 def test_a_folder(checkpoints):
-    model = load.load_model(ModelConfig(name=str(checkpoints["qwen3"])))
+    model = load.load_model(ModelConfig(name=str(checkpoints["qwen3"]), dtype="float32"))
     spec, params, _ = hf.read_folder(checkpoints["qwen3"])
     assert (model.spec, model.name) == (spec, str(checkpoints["qwen3"]))
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
@@ -83,11 +83,17 @@ def test_parameters_are_placed_as_asked(gguf_file):
 
 
 def test_auto_dtype_depends_on_the_device(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert load.resolve_dtype("auto") == jnp.float32
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert load.resolve_dtype("auto") == jnp.bfloat16
-    assert load.resolve_dtype("float32") == jnp.float32
+    """Weights in bfloat16 where products of it are fast; a CPU computes the rest in float32 in any case."""
+    for backend, matrix_units, weights, activations in (
+        ("cpu", False, jnp.float32, jnp.float32),
+        ("cpu", True, jnp.bfloat16, jnp.float32),
+        ("tpu", False, jnp.bfloat16, jnp.bfloat16),
+    ):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(load, "_cpu_has_amx", lambda has=matrix_units: has)
+        assert load.resolve_dtype("auto") == weights
+        assert load.activation_dtype(weights) == activations
+        assert load.resolve_dtype("float32") == jnp.float32
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoints, tmp_path, make_tokenizer):
