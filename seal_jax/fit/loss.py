@@ -1,7 +1,9 @@
-"""Next-token cross-entropy that never holds the whole logits: device code.
+"""Next-token cross-entropy that never holds the whole logits and looks only where a label is: device code.
 
 The output embedding is frozen wherever this is used, so the gradient with respect to the hidden states is computed in the forward
-pass, chunk by chunk, while the chunk's logits are at hand; nothing of the size of the vocabulary outlives its chunk.
+pass, chunk by chunk, while the chunk's logits are at hand; nothing of the size of the vocabulary outlives its chunk. Positions that carry
+a label, those of all edits of a step together, are brought to the front, and the chunks behind them are not computed: prompts and padding
+cost nothing here.
 """
 
 from __future__ import annotations
@@ -11,17 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-
-def _chunks(hidden: jax.Array, targets: jax.Array, weights: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    count = hidden.shape[0]
-    pad = -count % size
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape((count + pad) // size, size, *x.shape[1:])
-
-    return split(hidden), split(targets), split(weights)
+from jax.custom_batching import custom_vmap
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -29,34 +21,14 @@ def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weight
     """The sum over positions of weight x negative log likelihood in nats, a float32 scalar.
 
     `hidden` [T, D], `head` [V, D] (frozen: its gradient is not computed), `targets` [T] int32, `weights` [T] float32 (0: no label
-    here). At most `chunk` positions have their logits in memory at a time.
+    here). At most `chunk` positions have their logits in memory at a time, also under `jax.vmap`, over which `head` must be shared.
     """
     return _forward(hidden, head, targets, weights, chunk)[0]
 
 
 def _forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> tuple[jax.Array, Any]:
-    def one(carry: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        x, y, w = part
-        logits = jnp.einsum("td,vd->tv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        top = jnp.max(logits, axis=-1, keepdims=True)
-        exp = jnp.exp(logits - top)
-        total = jnp.sum(exp, axis=-1, keepdims=True)
-        picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
-        nll = (jnp.log(total) + top - picked)[:, 0]
-        # d nll / d logits = softmax - onehot; the one-hot part is a gather of the head's rows.
-        slope = (exp * (w[:, None] / total)).astype(x.dtype)
-        gradient = jnp.einsum("tv,vd->td", slope, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        gradient = gradient - w[:, None] * jnp.take(head, y, axis=0).astype(jnp.float32)
-        return carry, (jnp.sum(nll * w), gradient.astype(x.dtype))
-
-    size = min(chunk, hidden.shape[0])
-    parts = _chunks(hidden, targets, weights, size)
-    if parts[0].shape[0] == 1:
-        _, (loss, gradient) = one(None, jax.tree.map(lambda x: x[0], parts))
-    else:
-        _, (loss, gradient) = jax.lax.scan(one, None, parts)
-        loss, gradient = jnp.sum(loss), gradient.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return loss, gradient
+    nll, gradient = _merged(chunk)(hidden, head, targets, weights)
+    return jnp.sum(nll), gradient
 
 
 def _backward(chunk: int, gradient: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None, None, None]:
@@ -64,3 +36,59 @@ def _backward(chunk: int, gradient: jax.Array, cotangent: jax.Array) -> tuple[ja
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _merged(chunk: int) -> Any:
+    """`_positions`, for which a `vmap` over edits makes one longer row of positions instead of a loop of loops."""
+
+    @custom_vmap
+    def call(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _positions(hidden, head, targets, weights, chunk)
+
+    @call.def_vmap
+    def rule(size: int, batched: list[bool], hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
+        if batched[1]:
+            raise NotImplementedError("cross_entropy: the head is shared by all that jax.vmap maps over")
+        each = [
+            x if b else jnp.broadcast_to(x, (size, *x.shape))
+            for x, b in zip((hidden, targets, weights), (batched[0], *batched[2:]), strict=True)
+        ]
+        hidden, targets, weights = (x.reshape(-1, *x.shape[2:]) for x in each)
+        nll, gradient = call(hidden, head, targets, weights)
+        return (nll.reshape(size, -1), gradient.reshape(size, -1, gradient.shape[-1])), (True, True)
+
+    return call
+
+
+def _positions(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Per position, weight x nll [T] float32 and its gradient with respect to the hidden state [T, D]."""
+    count = hidden.shape[0]
+    size = min(chunk, count)
+    labelled = weights != 0
+    order = jnp.argsort(~labelled, stable=True)
+    order = jnp.pad(order, (0, -count % size), constant_values=count)  # past the end: reads nothing, writes nowhere
+
+    def part(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        here = jax.lax.dynamic_slice_in_dim(order, i * size, size)
+        x, y, w = (jnp.take(v, here, axis=0, mode="fill", fill_value=0) for v in (hidden, targets, weights))
+        nll, gradient = _chunk(x, head, y, w)
+        return found[0].at[here].set(nll, mode="drop"), found[1].at[here].set(gradient, mode="drop")
+
+    chunks = (jnp.sum(labelled) + size - 1) // size
+    return jax.lax.fori_loop(0, chunks, part, (jnp.zeros(count, jnp.float32), jnp.zeros_like(hidden)))
+
+
+def _chunk(x: jax.Array, head: jax.Array, y: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    with jax.named_scope("loss"):
+        logits = jnp.einsum("td,vd->tv", x.astype(head.dtype), head, preferred_element_type=jnp.float32)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exp = jnp.exp(logits - top)
+        total = jnp.sum(exp, axis=-1, keepdims=True)
+        picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
+        nll = (jnp.log(total) + top - picked)[:, 0]
+        # d nll / d logits = softmax - onehot; the one-hot part is a gather of the head's rows.
+        slope = (exp * (w[:, None] / total)).astype(head.dtype)
+        gradient = jnp.einsum("tv,vd->td", slope, head, preferred_element_type=jnp.float32)
+        gradient = gradient - w[:, None] * jnp.take(head, y, axis=0).astype(jnp.float32)
+        return nll * w, gradient.astype(x.dtype)

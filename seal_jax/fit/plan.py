@@ -76,65 +76,91 @@ def row_choices(length: int, batch_size: int, tokens_per_step: int, slots: int) 
     return tuple(sorted({full, max(1, full // 4), max(1, full // 16)}))
 
 
-def schedule(lengths: Sequence[Sequence[int]], slots: int, batch_size: int, tokens_per_step: int) -> Iterator[Admit | Step | Retire]:
-    """The actions that fit all edits; `lengths[e][s]` is the padded length of edit e's optimiser step s.
+def deal(costs: Sequence[float], shards: int) -> list[int]:
+    """The shard of each edit: the dearest first, each to the shard with the least to do so far."""
+    load, found = [0.0] * shards, [0] * len(costs)
+    for edit in sorted(range(len(costs)), key=lambda e: (-costs[e], e)):
+        shard = min(range(shards), key=lambda s: (load[s], s))
+        found[edit], load[shard] = shard, load[shard] + costs[edit]
+    return found
+
+
+class Schedule:
+    """The actions that fit all edits, in order: an iterator, which may be told meanwhile that an edit needs no further steps.
+
+    `lengths[e][s]` is the padded length of edit e's optimiser step s. Each of `shards` devices (or groups of devices) holds `slots` edits
+    at once, those that `shard_of` deals to it; slot numbers count on from shard to shard. A step has one length and one number of rows on
+    all shards, and each fills its rows with edits of its own.
 
     Deterministic. Each edit's steps come once and in order; a slot holds one edit at a time. An edit without steps is admitted and
     retired. Chosen greedily: the step that trains the most tokens for its cost, where the cost of a step is its token slots and a
     fixed overhead; in it the edits with the most left to do. Rows that would stay idle are lent to edits whose next sequence is shorter.
     """
-    waiting = list(range(len(lengths)))[::-1]
-    free = list(range(slots))[::-1]
-    slot_of: dict[int, int] = {}
-    done = [0] * len(lengths)
-    remaining = [sum(steps) for steps in lengths]
-    while waiting or slot_of:
-        if free and waiting:
-            batch = [(waiting.pop(), free.pop()) for _ in range(min(len(free), len(waiting)))]
-            slot_of.update(batch)
-            yield Admit(*zip(*batch, strict=True))
-        finished = [(e, s) for e, s in slot_of.items() if done[e] == len(lengths[e])]
-        if finished:
-            yield Retire(*zip(*finished, strict=True))
-            for edit, slot in finished:
-                del slot_of[edit]
-                free.append(slot)
-            free.sort(reverse=True)
-            continue
-        length, rows, chosen = _best_step(lengths, done, remaining, list(slot_of), slots, batch_size, tokens_per_step)
-        numbers = tuple(done[e] for e in chosen)
-        yield Step(length, rows, tuple(chosen), tuple(slot_of[e] for e in chosen), numbers)
-        for edit in chosen:
-            remaining[edit] -= lengths[edit][done[edit]]
-            done[edit] += 1
 
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],
+        slots: int,
+        batch_size: int,
+        tokens_per_step: int,
+        shard_of: Sequence[int] | None = None,
+        shards: int = 1,
+    ):
+        self._lengths, self._slots, self._batch_size, self._tokens_per_step = lengths, slots, batch_size, tokens_per_step
+        self._shards, self._shard_of = shards, [0] * len(lengths) if shard_of is None else shard_of
+        self._count = [len(steps) for steps in lengths]
+        self._done = [0] * len(lengths)
+        self._remaining = [sum(steps) for steps in lengths]
+        self._slot_of: dict[int, int] = {}
 
-def _best_step(
-    lengths: Sequence[Sequence[int]],
-    done: Sequence[int],
-    remaining: Sequence[int],
-    resident: Sequence[int],
-    slots: int,
-    batch_size: int,
-    tokens_per_step: int,
-) -> tuple[int, int, list[int]]:
-    ready: dict[int, list[int]] = {}
-    for edit in sorted(resident, key=lambda e: (-remaining[e], e)):
-        ready.setdefault(lengths[edit][done[edit]], []).append(edit)
-    best = (0.0, 0)
-    plan: tuple[int, int, list[int]] | None = None
-    for length in sorted(ready, reverse=True):
-        candidates = list(ready[length])
-        for shorter in sorted((x for x in ready if x < length), reverse=True):
-            candidates += ready[shorter]
-        for rows in row_choices(length, batch_size, tokens_per_step, slots):
-            chosen = candidates[:rows]
-            useful = batch_size * sum(lengths[e][done[e]] for e in chosen)
-            score = (useful / (rows * length * batch_size + tokens_per_step // 32), rows * length)
-            if score > best:
-                best, plan = score, (length, rows, chosen)
-    assert plan is not None
-    return plan
+    def end(self, edit: int) -> None:
+        """The edit takes no further step; its slot is free once it has retired. Nothing if it has ended already."""
+        self._count[edit] = min(self._count[edit], self._done[edit])
+
+    def __iter__(self) -> Iterator[Admit | Step | Retire]:
+        waiting = [[e for e in reversed(range(len(self._lengths))) if self._shard_of[e] == s] for s in range(self._shards)]
+        free = [list(range(s * self._slots, (s + 1) * self._slots))[::-1] for s in range(self._shards)]
+        while any(waiting) or self._slot_of:
+            batch = [(w.pop(), f.pop()) for w, f in zip(waiting, free, strict=True) for _ in range(min(len(w), len(f)))]
+            if batch:
+                self._slot_of.update(batch)
+                yield Admit(*zip(*batch, strict=True))
+            finished = [(e, s) for e, s in self._slot_of.items() if self._done[e] == self._count[e]]
+            if finished:
+                yield Retire(*zip(*finished, strict=True))
+                for edit, slot in finished:
+                    del self._slot_of[edit]
+                    free[slot // self._slots].append(slot)
+                for numbers in free:
+                    numbers.sort(reverse=True)
+                continue
+            length, rows, chosen = self._best_step()
+            step = Step(length, rows, tuple(chosen), tuple(self._slot_of[e] for e in chosen), tuple(self._done[e] for e in chosen))
+            for edit in chosen:  # before the step is handed out: `end` may be called before the next one is asked for
+                self._remaining[edit] -= self._lengths[edit][self._done[edit]]
+                self._done[edit] += 1
+            yield step
+
+    def _best_step(self) -> tuple[int, int, list[int]]:
+        """(padded length, rows a shard, edits)."""
+        following = {e: self._lengths[e][self._done[e]] for e in self._slot_of}
+        ready: dict[int, list[list[int]]] = {}  # by length, by shard, those with the most left first
+        for edit in sorted(self._slot_of, key=lambda e: (-self._remaining[e], e)):
+            ready.setdefault(following[edit], [[] for _ in range(self._shards)])[self._shard_of[edit]].append(edit)
+        best = (0.0, 0)
+        found: tuple[int, int, list[int]] | None = None
+        descending = sorted(ready, reverse=True)
+        for i, length in enumerate(descending):
+            candidates = [[e for other in descending[i:] for e in ready[other][shard]] for shard in range(self._shards)]
+            for rows in row_choices(length, self._batch_size, self._tokens_per_step, self._slots):
+                chosen = [e for of_shard in candidates for e in of_shard[:rows]]
+                useful = self._batch_size * sum(following[e] for e in chosen)
+                cost = self._shards * (rows * length * self._batch_size + self._tokens_per_step // 32)
+                score = (useful / cost, rows * length)
+                if score > best:
+                    best, found = score, (length, rows, chosen)
+        assert found is not None
+        return found
 
 
 @dataclasses.dataclass

@@ -30,6 +30,19 @@ class Hyper(NamedTuple):
     weight_decay: jax.Array  # float32, decoupled
     max_grad_norm: jax.Array  # float32; 0: no clipping
     scale: jax.Array  # float32, alpha / rank
+    epoch_steps: jax.Array  # int32, optimiser steps of one epoch
+    stop_loss: jax.Array  # float32, see `seal_jax.config.StopConfig`
+    stop_gain: jax.Array  # float32
+    patience: jax.Array  # int32
+
+
+class Progress(NamedTuple):
+    """What the rule for an early end looks at. Leaves are [K], or scalars inside the vmapped step."""
+
+    ended: jax.Array  # bool: the edit takes no further step
+    total: jax.Array  # float32, the sum of the epoch's losses so far
+    best: jax.Array  # float32, the least mean loss of an epoch
+    stale: jax.Array  # int32, epochs since that have not improved on it
 
 
 class FitState(NamedTuple):
@@ -38,6 +51,14 @@ class FitState(NamedTuple):
     lora: Any  # float32, see seal_jax.models.lora
     moments: optax.ScaleByAdamState  # count [K] int32, mu and nu as `lora`
     hyper: Hyper
+    progress: Progress
+
+
+class Report(NamedTuple):
+    """What a step says of each of its M edits."""
+
+    loss: jax.Array  # [M] float32, the mean over labels in nats; -1 where the edit had ended before
+    ended: jax.Array  # [M] bool, after this step
 
 
 class Batch(NamedTuple):
@@ -59,6 +80,19 @@ def learning_rate(hyper: Hyper, step: jax.Array) -> jax.Array:
     return hyper.learning_rate * jnp.where(step < warmup, step / jnp.maximum(warmup, 1.0), decay)
 
 
+def watch(hyper: Hyper, progress: Progress, step: jax.Array, loss: jax.Array) -> Progress:
+    """The progress after optimiser step `step` (from 0) with mean loss `loss`; whether the edit ends is decided at an epoch's end."""
+    total = progress.total + loss
+    mean = total / hyper.epoch_steps.astype(jnp.float32)
+    over = (step + 1) % hyper.epoch_steps == 0
+    better = mean < progress.best * (1.0 - hyper.stop_gain)
+    stale = jnp.where(better, 0, progress.stale + 1)
+    low = (hyper.stop_loss > 0) & (mean <= hyper.stop_loss)
+    flat = (hyper.stop_gain > 0) & (stale >= hyper.patience)
+    after = Progress(low | flat, jnp.zeros_like(total), jnp.minimum(mean, progress.best), stale)
+    return jax.tree.map(lambda a, b: jnp.where(over, a, b), after, progress._replace(total=total))
+
+
 def adapter_loss(
     decoder: Decoder, chunk: int, lora: Any, scale: jax.Array, params: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
@@ -68,51 +102,56 @@ def adapter_loss(
         return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head(params), targets.ravel(), weights.ravel(), chunk)
 
 
-def update(
-    decoder: Decoder, chunk: int, params: Any, lora: Any, moments: optax.ScaleByAdamState, hyper: Hyper, batch: Batch
-) -> tuple[Any, optax.ScaleByAdamState, jax.Array]:
-    """One optimiser step of one adapter: gradient of the mean loss over the labels, clip, AdamW. Returns the loss too."""
+def gradient(decoder: Decoder, chunk: int, params: Any, lora: Any, scale: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+    """The mean loss over the labels of one adapter's batch, and its gradient; microbatches [A, ...] are added up."""
     gradient_of = jax.value_and_grad(lambda *args: adapter_loss(decoder, chunk, *args))
     arrays = (batch.inputs, batch.targets, batch.weights)  # [A, B, L]
     if batch.inputs.shape[0] == 1:
-        loss, gradient = gradient_of(lora, hyper.scale, params, *(x[0] for x in arrays))
+        loss, summed = gradient_of(lora, scale, params, *(x[0] for x in arrays))
     else:
 
         def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient_of(lora, hyper.scale, params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient_of(lora, scale, params, *part)), None
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
-        (loss, gradient), _ = jax.lax.scan(accumulate, zero, arrays)
+        (loss, summed), _ = jax.lax.scan(accumulate, zero, arrays)
     labels = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    loss, gradient = loss / labels, jax.tree.map(lambda g: g / labels, gradient)
+    return loss / labels, jax.tree.map(lambda g: g / labels, summed)
+
+
+def update(decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Batch) -> tuple[FitState, Report]:
+    """One optimiser step of one adapter: gradient of the mean loss, clip, AdamW. An edit that has ended stays as it is."""
+    hyper, moments = edit.hyper, edit.moments
+    loss, slope = gradient(decoder, chunk, params, edit.lora, hyper.scale, batch)
     rate = learning_rate(hyper, moments.count)
     clip = jnp.where(hyper.max_grad_norm > 0, hyper.max_grad_norm, jnp.inf)
-    gradient = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (optax.global_norm(gradient) + 1e-6)), gradient)
-    direction, moments = optax.scale_by_adam().update(gradient, moments)
-    lora = jax.tree.map(lambda p, d: p - rate * (d + hyper.weight_decay * p), lora, direction)
-    return lora, moments, loss
+    factor = jnp.minimum(1.0, clip / (optax.global_norm(slope) + 1e-6))
+    direction, after = optax.scale_by_adam().update(jax.tree.map(lambda g: g * factor, slope), moments)
+    lora = jax.tree.map(lambda p, d: p - rate * (d + hyper.weight_decay * p), edit.lora, direction)
+    new = FitState(lora, after, hyper, watch(hyper, edit.progress, moments.count, loss))
+    new = jax.tree.map(lambda old, new: jnp.where(edit.progress.ended, old, new), edit, new)
+    return new, Report(jnp.where(edit.progress.ended, -1.0, loss), new.progress.ended)
 
 
-def step(decoder: Decoder, chunk: int, params: Any, state: FitState, batch: Batch) -> tuple[FitState, jax.Array]:
-    """One optimiser step of the M edits that `batch` names; the other slots are untouched. Losses [M] float32."""
-    gather = lambda tree: jax.tree.map(lambda x: jnp.take(x, batch.slots, axis=0, mode="clip"), tree)  # noqa: E731
-    lora, moments, losses = jax.vmap(lambda lora, moments, hyper, part: update(decoder, chunk, params, lora, moments, hyper, part))(
-        gather(state.lora), gather(state.moments), gather(state.hyper), batch
-    )
-    put = lambda old, new: jax.tree.map(lambda o, n: o.at[batch.slots].set(n, mode="drop"), old, new)  # noqa: E731
-    return FitState(put(state.lora, lora), put(state.moments, moments), state.hyper), losses
+def step(decoder: Decoder, chunk: int, params: Any, state: FitState, batch: Batch) -> tuple[FitState, Report]:
+    """One optimiser step of the M edits that `batch` names; the other slots are untouched."""
+    edits = jax.tree.map(lambda x: jnp.take(x, batch.slots, axis=0, mode="clip"), state)
+    edits, report = jax.vmap(lambda edit, part: update(decoder, chunk, params, edit, part))(edits, batch)
+    return jax.tree.map(lambda old, new: old.at[batch.slots].set(new, mode="drop"), state, edits), report
 
 
 def admit(state: FitState, slots: jax.Array, lora: Any, hyper: Hyper) -> FitState:
-    """Fresh edits into `slots` [Q] (an index >= K is dropped): their initial adapters and hyperparameters [Q, ...], moments zero."""
-    put = lambda old, new: jax.tree.map(lambda o, n: o.at[slots].set(n, mode="drop"), old, new)  # noqa: E731
-    zeros = jax.tree.map(lambda x: jnp.zeros((len(slots), *x.shape[1:]), x.dtype), state.moments)
-    return FitState(put(state.lora, lora), put(state.moments, zeros), put(state.hyper, hyper))
+    """Fresh edits into `slots` [Q] (an index >= K is dropped): their initial adapters and hyperparameters [Q, ...], the rest as new."""
+    fresh = empty_state(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), lora), len(slots))
+    fresh = fresh._replace(lora=lora, hyper=hyper)
+    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
 
 
 def empty_state(lora_shapes: Any, slots: int) -> FitState:
-    """A state of zeros for `slots` edits; `lora_shapes` is the shape tree of one adapter."""
-    lora = jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), lora_shapes)
-    moments = optax.ScaleByAdamState(jnp.zeros(slots, jnp.int32), lora, jax.tree.map(jnp.zeros_like, lora))
-    floats, ints = jnp.zeros(slots, jnp.float32), jnp.zeros(slots, jnp.int32)
-    return FitState(jax.tree.map(jnp.copy, lora), moments, Hyper(floats, ints, ints, ints, floats, floats, floats))
+    """The state of `slots` edits before their first step, adapters zero; `lora_shapes` is the shape tree of one adapter."""
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros((slots, *x.shape), x.dtype), lora_shapes)  # noqa: E731
+    moments = optax.ScaleByAdamState(jnp.zeros(slots, jnp.int32), zeros(), zeros())
+    integers = ("schedule", "warmup_steps", "total_steps", "epoch_steps", "patience")
+    hyper = Hyper(**{name: jnp.zeros(slots, jnp.int32 if name in integers else jnp.float32) for name in Hyper._fields})
+    progress = Progress(jnp.zeros(slots, bool), jnp.zeros(slots), jnp.full(slots, jnp.inf), jnp.zeros(slots, jnp.int32))
+    return FitState(zeros(), moments, hyper, progress)

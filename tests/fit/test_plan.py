@@ -14,7 +14,7 @@ edits = st.lists(st.lists(st.sampled_from(SOME), max_size=9), max_size=14)
 @given(lengths=edits, slots=st.integers(1, 9), batch_size=st.integers(1, 3), tokens=st.sampled_from([16, 100, 512, 2048]))
 def test_every_step_is_taken_once_and_in_order(lengths, slots, batch_size, tokens):
     resident, done, ended = {}, [0] * len(lengths), set()
-    actions = list(plan.schedule(lengths, slots, batch_size, tokens))
+    actions = list(plan.Schedule(lengths, slots, batch_size, tokens))
     for action in actions:
         assert len(set(action.edits)) == len(action.edits) == len(action.slots) == len(set(action.slots)) > 0
         if isinstance(action, plan.Admit):
@@ -34,12 +34,12 @@ def test_every_step_is_taken_once_and_in_order(lengths, slots, batch_size, token
                 assert resident[edit] == slot and done[edit] == number
                 done[edit] += 1
     assert ended == set(range(len(lengths))) and not resident
-    assert list(plan.schedule(lengths, slots, batch_size, tokens)) == actions  # deterministic
+    assert list(plan.Schedule(lengths, slots, batch_size, tokens)) == actions  # deterministic
 
 
 def test_a_free_slot_does_not_wait():
     """With more edits than slots, the next edit starts as soon as one has ended."""
-    actions = list(plan.schedule([[16]] * 2 + [[16] * 5] + [[16]] * 3, 3, 1, 512))
+    actions = list(plan.Schedule([[16]] * 2 + [[16] * 5] + [[16]] * 3, 3, 1, 512))
     assert [type(a).__name__ for a in actions[:5]] == ["Admit", "Step", "Retire", "Admit", "Step"]
     assert actions[2].slots == actions[3].slots == (0, 1)
     assert set(actions[4].edits) == {2, 3, 4}
@@ -47,7 +47,7 @@ def test_a_free_slot_does_not_wait():
 
 def test_long_edits_are_not_left_for_last():
     """Two rows a step: one edit of twenty steps beside six of five takes the fifty steps in twenty-five."""
-    actions = plan.schedule([[16] * 5] * 6 + [[16] * 20], 7, 1, 32)
+    actions = plan.Schedule([[16] * 5] * 6 + [[16] * 20], 7, 1, 32)
     assert sum(isinstance(action, plan.Step) for action in actions) == 25
 
 
@@ -112,7 +112,7 @@ def test_little_padding_on_a_workload_like_the_originals(tokens):
     assert np.quantile(every, [0.5, 0.9, 0.99]) == pytest.approx([29, 100, 255], rel=0.1)
     padded = [[plan.padded_length(x) for x in steps] for steps in real]
     waste, shapes = plan.Waste(), set()
-    for action in plan.schedule(padded, 64, 1, tokens):
+    for action in plan.Schedule(padded, 64, 1, tokens):
         if isinstance(action, plan.Step):
             waste.slots += action.rows * action.length
             waste.tokens += sum(real[e][n] for e, n in zip(action.edits, action.numbers, strict=True))

@@ -3,7 +3,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from seal_jax.fit import step as step_lib
@@ -20,7 +19,8 @@ PEFT_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 def hyper(count, **changes):
     """Hyperparameters of `count` edits; a change is a number for all or one for each."""
     defaults = {"learning_rate": 1e-2, "schedule": 1, "warmup_steps": 0, "total_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    types = dict.fromkeys(("schedule", "warmup_steps", "total_steps"), np.int32)
+    defaults |= {"epoch_steps": 5, "stop_loss": 0.0, "stop_gain": 0.0, "patience": 1}
+    types = dict.fromkeys(("schedule", "warmup_steps", "total_steps", "epoch_steps", "patience"), np.int32)
     values = {**defaults, "scale": 2.0, **changes}
     return Hyper(**{name: np.broadcast_to(np.asarray(v, types.get(name, np.float32)), count) for name, v in values.items()})
 
@@ -57,23 +57,24 @@ def test_clipping_and_adamw_equal_torch(monkeypatch, decay, clip):
     zeros = np.zeros((1, 1, labels), np.int32)
     batch = Batch(np.int32(0), zeros, zeros, np.ones((1, 1, labels), np.float32))
     one = jax.tree.map(lambda x: x[0], hyper(1, learning_rate=0.05, total_steps=6, weight_decay=decay, max_grad_norm=clip))
-    ours, moments = tree, optax.scale_by_adam().init(tree)
-    update = jax.jit(lambda slope, lora, moments: step_lib.update(None, 0, slope, lora, moments, one, batch))
+    shapes = jax.eval_shape(lambda: tree)
+    edit = jax.tree.map(lambda x: x[0], step_lib.empty_state(shapes, 1))._replace(lora=tree, hyper=one)
+    update = jax.jit(lambda slope, edit: step_lib.update(None, 0, slope, edit, batch))
 
     theirs = [torch.nn.Parameter(torch.tensor(x)) for x in jax.tree.leaves(tree)]
     optimizer = torch.optim.AdamW(theirs, lr=0.05, weight_decay=decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 6)
     for slope in slopes:
-        ours, moments, loss = update(slope, ours, moments)
+        edit, report = update(slope, edit)
         expected = sum((p * torch.tensor(s)).sum() for p, s in zip(theirs, jax.tree.leaves(slope), strict=True))
-        np.testing.assert_allclose(loss, expected.item(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(report.loss, expected.item(), rtol=1e-5, atol=1e-6)
         optimizer.zero_grad()
         expected.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs, clip or float("inf"))
         assert norm > clip > 0 or norm < 1000  # some steps are clipped at 1, none at 1000
         optimizer.step()
         scheduler.step()
-        for mine, his in zip(jax.tree.leaves(ours), theirs, strict=True):
+        for mine, his in zip(jax.tree.leaves(edit.lora), theirs, strict=True):
             np.testing.assert_allclose(mine, his.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -118,7 +119,7 @@ def equal(one, other):
 def test_other_slots_never_change(world):
     """Leaf for leaf, bit for bit: adapter, moments, count and hyperparameters of those that are not in the step."""
     program, state, vocab = world
-    after, losses = program(state, batch([2, 0], vocab))
+    after, (losses, _) = program(state, batch([2, 0], vocab))
     assert losses.shape == (ROWS,) and losses[2] == 0 and np.all(np.asarray(losses[:2]) > 1)
     for slot in (1, 3):
         assert all(equal(leaves(state, slot), leaves(after, slot)))
@@ -126,7 +127,7 @@ def test_other_slots_never_change(world):
         assert not any(equal(leaves((state.lora, state.moments), slot), leaves((after.lora, after.moments), slot)))
         assert all(equal(leaves(state.hyper, slot), leaves(after.hyper, slot)))
     # All rows idle: nothing at all.
-    same, losses = program(after, batch([], vocab))
+    same, (losses, _) = program(after, batch([], vocab))
     jax.tree.map(np.testing.assert_array_equal, same, after)
     assert not np.asarray(losses).any()
 
@@ -147,9 +148,9 @@ def test_a_slot_does_not_see_its_neighbours_or_its_row(world):
     """The same edit, alone, beside others and in another row, with the same data: the same result."""
     program, state, vocab = world
     data = batch([1, 0, 2], vocab)
-    together, losses = program(state, data)
-    alone, loss = program(state, data._replace(slots=np.asarray([1, 1 << 30, 1 << 30], np.int32)))
-    moved, other = program(state, jax.tree.map(lambda x: np.roll(x, 1, axis=0), data))
+    together, (losses, _) = program(state, data)
+    alone, (loss, _) = program(state, data._replace(slots=np.asarray([1, 1 << 30, 1 << 30], np.int32)))
+    moved, (other, _) = program(state, jax.tree.map(lambda x: np.roll(x, 1, axis=0), data))
     assert losses[0] == pytest.approx(float(loss[0]), rel=1e-6) and losses[0] == pytest.approx(float(other[1]), rel=1e-6)
     for result in (alone, moved):
         for a, b in zip(leaves(together, 1), leaves(result, 1), strict=True):
@@ -162,7 +163,7 @@ def test_a_broken_neighbour_stays_alone(world):
     data = batch([1, 0], vocab)
     clean, _ = program(state, data)
     broken = state._replace(hyper=state.hyper._replace(scale=state.hyper.scale.at[0].set(np.nan)))
-    after, losses = program(broken, data)
+    after, (losses, _) = program(broken, data)
     assert np.isnan(losses[0]) == False and np.isnan(losses[1])  # noqa: E712
     assert all(equal(leaves(clean, 1), leaves(after, 1)))
     assert all(equal(leaves(state, 2), leaves(after, 2)))
@@ -172,22 +173,22 @@ def test_padding_never_enters(world):
     """Token slots without a label change neither losses nor gradients, whatever stands in them; a prompt is read but carries no loss."""
     program, state, vocab = world
     data = batch([0, 1, 2], vocab, length=8)
-    clean, losses = program(state, data)
+    clean, (losses, _) = program(state, data)
     junk = np.random.default_rng(9).integers(0, vocab, data.inputs.shape).astype(np.int32)
     pad = data.weights == 0
-    dirty, same = program(state, data._replace(inputs=np.where(pad, junk, data.inputs), targets=np.where(pad, junk, data.targets)))
+    dirty, (same, _) = program(state, data._replace(inputs=np.where(pad, junk, data.inputs), targets=np.where(pad, junk, data.targets)))
     np.testing.assert_array_equal(losses, same)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
     # The loss is a mean over labels: those of the first three tokens and those of the rest make up the whole.
     first = data.weights * (np.arange(LENGTH) < 3)
-    _, start = program(state, data._replace(weights=first))
-    _, rest = program(state, data._replace(weights=data.weights - first))
+    _, (start, _) = program(state, data._replace(weights=first))
+    _, (rest, _) = program(state, data._replace(weights=data.weights - first))
     counts = data.weights.sum(axis=(1, 2, 3))
     np.testing.assert_allclose((3 * start + (counts - 3) * rest) / counts, losses, rtol=1e-6)
     # What carries no loss is read all the same.
     changed = data.inputs.copy()
     changed[..., 0] = (changed[..., 0] + 1) % vocab
-    _, other = program(state, data._replace(inputs=changed, weights=data.weights - first))
+    _, (other, _) = program(state, data._replace(inputs=changed, weights=data.weights - first))
     assert np.all(np.asarray(rest) != np.asarray(other))
 
 
