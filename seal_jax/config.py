@@ -27,7 +27,7 @@ LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 204
 @dataclasses.dataclass
 class ModelConfig:
     name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, a local folder of safetensors, or a GGUF file
-    dtype: str = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, bfloat16 on an accelerator
+    dtype: str = "auto"  # of the weights: "float32", "bfloat16"; auto: bfloat16 where it is fast, on accelerators and CPUs with AMX
     max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
     remat: str = "none"  # what the backward pass recomputes: "none", "dots" (keep products only), "full"
 
@@ -39,6 +39,15 @@ class LoraConfig:
     rank: int = 32  # of the adapter's product
     alpha: float = 64.0  # the adapter's product is scaled by alpha / rank
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q_proj", "v_proj"])  # which linear layers get one, of all blocks
+
+
+@dataclasses.dataclass
+class StopConfig:
+    """When an edit ends before its last epoch. Looked at after each epoch, with the mean loss of its steps."""
+
+    loss: float = 0.0  # at this many nats a label, or less; 0: never
+    gain: float = 0.0  # when the loss has not fallen by this share below its least so far; 0: never
+    patience: int = 1  # ... in this many epochs in a row
 
 
 @dataclasses.dataclass
@@ -54,8 +63,9 @@ class FitConfig:
     epochs: int = 10  # each in a random order of its own
     batch_size: int = 1  # sequences an optimiser step
     max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
-    slots: int = 64  # edits held on the device at once
-    tokens_per_step: int = 512  # token slots a device step, over all the edits that it trains
+    stop: StopConfig = dataclasses.field(default_factory=StopConfig)
+    slots: int | None = None  # edits held at once by each device along mesh.edit; null: as many as fit into its memory
+    tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all the edits that it trains
     lengths: list[int] = dataclasses.field(default_factory=lambda: list(LENGTHS))  # padded lengths; each used one is a compilation
 
 
@@ -130,7 +140,7 @@ class GradeConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """How devices are laid out. Not in use yet: a run computes on one device, and other values than these are refused."""
+    """How devices are laid out: edit x fsdp x tensor of them, see `seal_jax.parallel.mesh`."""
 
     edit: int = -1  # devices along the axis of edits; -1: all that are left
     fsdp: int = 1  # devices that share the frozen parameters
@@ -275,10 +285,12 @@ AT_LEAST = {
     "fit.learning_rate": 0.0,
     "fit.epochs": 1,
     "fit.batch_size": 1,
-    "fit.slots": 1,
     "fit.tokens_per_step": 16,
     "fit.warmup_steps": 0,
     "fit.weight_decay": 0.0,
+    "fit.stop.loss": 0.0,
+    "fit.stop.gain": 0.0,
+    "fit.stop.patience": 1,
     "fit.max_grad_norm": 0.0,
     "m_step.lora.rank": 1,
     "m_step.learning_rate": 0.0,
@@ -297,6 +309,8 @@ AT_LEAST = {
     "rest_em.seeds": 1,
     "rest_em.keep": 1,
     "rest_em.group": 1,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
     "evaluate.contexts": 1,
     "evaluate.edits": 1,
     "evaluate.seeds": 1,
@@ -331,8 +345,10 @@ def _check_values(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: grade.timeout={config.grade.timeout}: expected a number of seconds above 0")
     if sorted(set(config.fit.lengths)) != list(config.fit.lengths) or config.fit.lengths[:1] < [1]:
         raise SealError(f"{where}: fit.lengths={config.fit.lengths}: expected ascending positive lengths")
-    if config.mesh != MeshConfig():
-        raise SealError(f"{where}: mesh: a run computes on one device so far; leave this section out")
+    if config.fit.slots is not None and config.fit.slots < 1:
+        raise SealError(f"{where}: fit.slots={config.fit.slots}: expected at least 1, or null for as many as fit")
+    if config.mesh.edit != -1 and config.mesh.edit < 1:
+        raise SealError(f"{where}: mesh.edit={config.mesh.edit}: expected at least 1, or -1 for all devices that are left")
     for key in ("fit.lora.targets", "m_step.lora.targets"):
         targets = _value(config, key)
         unknown = [t for t in targets if t not in LINEAR]

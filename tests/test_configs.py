@@ -10,12 +10,13 @@ import pytest
 from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.fit import engine, plan
-from seal_jax.fit.step import Batch, empty_state
+from seal_jax.fit.step import empty_state
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import resolve_dtype
 from seal_jax.models.spec import from_hf
 from seal_jax.models.tree import leaves, nest
+from seal_jax.parallel import mesh
 from seal_jax.rest_em.loop import grader
 from seal_jax.sample import decode
 from seal_jax.tasks.base import Context
@@ -111,14 +112,13 @@ def test_the_7b_decoder_has_the_published_size(qwen):
 
 def test_one_step_of_64_edits_of_the_7b_lowers(qwen):
     config, decoder, params = qwen
-    fit = engine.FitEngine(decoder, config.fit.lora, slots=config.fit.slots, tokens_per_step=config.fit.tokens_per_step)
-    assert count(fit.adapter_shapes) == lora_lib.count(decoder.spec, 32, ["q_proj", "v_proj"]) == 28 * 32 * (2 * 3584 + 3584 + 512)
-    state = jax.eval_shape(lambda: empty_state(fit.adapter_shapes, config.fit.slots))
-    rows = plan.row_choices(64, config.fit.batch_size, config.fit.tokens_per_step, config.fit.slots)[-1]
-    tokens = jax.ShapeDtypeStruct((rows, 1, config.fit.batch_size, 64), jnp.int32)
-    batch = Batch(jax.ShapeDtypeStruct((rows,), jnp.int32), tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
-    after, losses = engine._step.lower(decoder, 128, params, state, batch).out_info
-    assert rows == 8 and losses.shape == (rows,)
+    fit = engine.FitEngine(decoder, config.fit.lora, slots=64, tokens_per_step=config.fit.tokens_per_step)
+    adapter = engine.adapter_shapes(decoder.spec, fit.rank, fit.targets)
+    assert count(adapter) == lora_lib.count(decoder.spec, 32, ["q_proj", "v_proj"]) == 28 * 32 * (2 * 3584 + 3584 + 512)
+    rows = plan.row_choices(64, config.fit.batch_size, config.fit.tokens_per_step, 64)[-1]
+    after, report = fit.lower(params, 64, rows, 64).out_info
+    assert rows == 8 and report.loss.shape == report.ended.shape == (rows,)
+    state = jax.eval_shape(lambda: empty_state(adapter, 64))
     assert shapes(after) == shapes(state), "a step gives back the state that it takes, so that it can be donated"
     assert after.lora["layers"]["attn"]["v_proj"]["b"].shape == (64, 28, 32, 512)
 
@@ -127,23 +127,21 @@ def test_an_m_step_of_the_7b_lowers(qwen):
     config, decoder, params = qwen
     m = config.m_step
     fit = engine.FitEngine(decoder, m.lora, slots=1, tokens_per_step=1, batch_size=m.batch_size, microbatch=m.microbatch)
-    state = jax.eval_shape(lambda: empty_state(fit.adapter_shapes, 1))
-    tokens = jax.ShapeDtypeStruct((1, m.batch_size // m.microbatch, m.microbatch, 1024), jnp.int32)
-    batch = Batch(jax.ShapeDtypeStruct((1,), jnp.int32), tokens, tokens, jax.ShapeDtypeStruct(tokens.shape, jnp.float32))
-    after, losses = engine._step.lower(decoder, 1024, params, state, batch).out_info
-    assert losses.shape == (1,) and shapes(after) == shapes(state)
-    merged = jax.eval_shape(lora_lib.merge, params, fit.adapter_shapes, m.lora.alpha / m.lora.rank)
+    adapter = engine.adapter_shapes(decoder.spec, fit.rank, fit.targets)
+    after, report = fit.lower(params, 1024, 1, 1).out_info
+    assert report.loss.shape == (1,) and shapes(after) == shapes(jax.eval_shape(lambda: empty_state(adapter, 1)))
+    merged = jax.eval_shape(lora_lib.merge, params, adapter, m.lora.alpha / m.lora.rank)
     assert shapes(merged) == shapes(params)
 
 
 def test_adapted_decoding_of_the_7b_lowers(qwen):
     config, decoder, params = qwen
-    adapters, each, length = 4, 5, 128
+    adapters, each, length, one = 4, 5, 128, mesh.single()
     lora = stacked(jax.eval_shape(functools.partial(lora_lib.init, jax.random.key(0), decoder.spec, 32, config.fit.lora.targets)), adapters)
     prompts = jax.ShapeDtypeStruct((adapters, each, 64), jnp.int32)
-    prefix = decode.prefill.lower(decoder, params, lora, prompts, jax.ShapeDtypeStruct((adapters, each), jnp.int32)).out_info
+    prefix = decode.prefill.lower(decoder, one, params, lora, prompts, jax.ShapeDtypeStruct((adapters, each), jnp.int32)).out_info
     assert prefix.logits.shape == (adapters, each, 152064) and prefix.logits.dtype == jnp.float32
-    rows = jax.eval_shape(functools.partial(decode.empty, decoder, adapters, each, length, config.answer.max_tokens))
+    rows = jax.eval_shape(lambda: decode.empty(decoder, one, adapters, each, length, config.answer.max_tokens))
     assert rows.cache.v.shape == (adapters, 28, each, 4, length, 128) and rows.cache.v.dtype == jnp.bfloat16
-    after = decode.decode.lower(decoder, decoder.spec.eos_ids, params, lora, rows, jax.ShapeDtypeStruct((), jnp.int32)).out_info
+    after = decode.decode.lower(decoder, decoder.spec.eos_ids, one, params, lora, rows, jax.ShapeDtypeStruct((), jnp.int32)).out_info
     assert shapes(after) == shapes(rows)

@@ -1,6 +1,6 @@
-"""The inner loop for many edits: plans on the host, runs `step` on the device, and never waits for it until the end.
+"""The inner loop for many edits: plans on the host, runs `step` on the mesh, and waits for it only at the end.
 
-Each edit is a `FitJob` with its own data and hyperparameters. They are fitted in `slots` slots of one stacked state; see
+Each edit is a `FitJob` with its own data and hyperparameters. They are fitted in `slots` slots a shard of one stacked state; see
 `seal_jax.fit.plan` for who trains when and `seal_jax.fit.step` for what a step computes. An edit's result depends on its job alone.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from seal_jax import rng
 from seal_jax.config import FitConfig, LoraConfig
@@ -22,10 +23,12 @@ from seal_jax.fit import plan
 from seal_jax.fit import step as step_lib
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
+from seal_jax.parallel import mesh as mesh_lib
 
-ADMIT = 8  # edits whose initial adapters are made at once
-AHEAD = 8  # steps issued beyond the one whose end the progress waits for, so that the device never waits for the host
+ADMIT = 8  # edits a shard whose initial adapters are made at once
+AHEAD = 8  # steps issued beyond the one whose end the host waits for, so that the device never waits for the host
 LOSS_POSITIONS = 1024  # positions, over all rows of a step, whose logits are in memory at once
+NONE = 1 << 30  # a slot that is nobody's: what is written there is dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,42 +50,103 @@ class FitJob:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The adapters of J jobs, stacked and on the device, with what the fit measured."""
+    """The adapters of J jobs, stacked and on the mesh, with what the fit measured."""
 
-    lora: Any  # leaves [>= J, ...] float32; entries past J are padding
-    scale: np.ndarray  # [J] float32
-    losses: list[np.ndarray]  # per job, the mean loss over labels in nats of each optimiser step, float32
+    lora: Any  # leaves [E, ...] float32, E >= J, dealt out over the shards
+    places: np.ndarray  # [J] int, where in E each job's adapter is; the other entries are padding
+    scale: np.ndarray  # [E] float32, alpha / rank
+    losses: list[np.ndarray]  # per job, the mean loss over labels in nats of each optimiser step taken, float32
     waste: plan.Waste
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(3,))
-def _step(decoder: Decoder, chunk: int, params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
-    return step_lib.step(decoder, chunk, params, state, batch)
+# --- Device programs -----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _initial(spec: Any, rank: int, targets: tuple[str, ...], keys: jax.Array, active: jax.Array) -> Any:
-    return jax.vmap(lambda key, used: lora_lib.init(jax.random.wrap_key_data(key), spec, rank, targets, used))(keys, active)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+def _step(decoder: Decoder, chunk: int, mesh: Mesh, params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
+    """`step` on every shard. The report is the same everywhere: every process reads all of it."""
+
+    def one(params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
+        state, report = step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh))
+        return state, report
+
+    state, report = mesh_lib.over_edits(one, mesh, (False, True, True))(params, state, batch)
+    return _placed(state, mesh), mesh_lib.replicated(report, mesh)
 
 
-_admit = jax.jit(step_lib.admit, donate_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4,))
+def _admit(
+    spec: Any, rank: int, targets: tuple[str, ...], mesh: Mesh, state: step_lib.FitState, slots: Any, keys: Any, active: Any, hyper: Any
+) -> step_lib.FitState:
+    def one(state: step_lib.FitState, slots: jax.Array, keys: jax.Array, active: jax.Array, hyper: step_lib.Hyper) -> step_lib.FitState:
+        lora = jax.vmap(lambda key, used: lora_lib.init(jax.random.wrap_key_data(key), spec, rank, targets, used))(keys, active)
+        return step_lib.admit(state, slots, lora, hyper)
+
+    return _placed(mesh_lib.over_edits(one, mesh, (True,) * 5)(state, slots, keys, active, hyper), mesh)
 
 
-@functools.partial(jax.jit, donate_argnums=(0,))
-def _collect(out: Any, state_lora: Any, slots: jax.Array, jobs: jax.Array) -> Any:
-    return jax.tree.map(lambda o, x: o.at[jobs].set(jnp.take(x, slots, axis=0, mode="clip"), mode="drop"), out, state_lora)
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
+def _collect(mesh: Mesh, out: Any, lora: Any, slots: jax.Array, places: jax.Array) -> Any:
+    def one(out: Any, lora: Any, slots: jax.Array, places: jax.Array) -> Any:
+        return jax.tree.map(lambda o, x: o.at[places].set(jnp.take(x, slots, axis=0, mode="clip"), mode="drop"), out, lora)
+
+    where = mesh_lib.adapter_shardings(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), out))
+    return jax.lax.with_sharding_constraint(mesh_lib.over_edits(one, mesh, (True,) * 4)(out, lora, slots, places), where)
 
 
-@functools.partial(jax.jit, static_argnums=(1,))
-def _zeros(shapes: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+@functools.cache
+def _empty(mesh: Mesh, spec: Any, rank: int, targets: tuple[str, ...], slots: int, room: int) -> Callable[[], Any]:
+    """A program that makes the state of `slots` slots and place for `room` adapters, a shard."""
+    shapes = adapter_shapes(spec, rank, targets)
+    count = mesh_lib.shards(mesh)
+
+    def make() -> Any:
+        out = jax.tree.map(lambda x: jnp.zeros((count * room, *x.shape), x.dtype), shapes)
+        return step_lib.empty_state(shapes, count * slots), out
+
+    state = state_shardings(mesh, shapes, jax.eval_shape(make)[0])
+    return jax.jit(make, out_shardings=(state, mesh_lib.adapter_shardings(mesh, shapes)))
+
+
+def _placed(state: step_lib.FitState, mesh: Mesh) -> step_lib.FitState:
+    """Inside a program: the state where it belongs. Left to itself, the compiler may lay out a result otherwise than it came."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state.lora)
+    return jax.lax.with_sharding_constraint(state, state_shardings(mesh, shapes, state))
+
+
+def adapter_shapes(spec: Any, rank: int, targets: tuple[str, ...]) -> Any:
+    """The shapes of one adapter."""
+    return jax.eval_shape(functools.partial(lora_lib.init, jax.random.key(0), spec, rank, targets))
+
+
+def state_shardings(mesh: Mesh, shapes: Any, state: step_lib.FitState) -> step_lib.FitState:
+    """Where the state of adapters of `shapes` lies."""
+    adapters, edits = mesh_lib.adapter_shardings(mesh, shapes), mesh_lib.edit_sharding(mesh)
+    rest = jax.tree.map(lambda _: edits, state)
+    return rest._replace(lora=adapters, moments=rest.moments._replace(mu=adapters, nu=adapters))
+
+
+def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+# --- Host side -----------------------------------------------------------------------------------------------------
+
+
+def epoch_steps(job: FitJob) -> int:
+    """The optimiser steps of one epoch of a job."""
+    return -(-len(job.sequences) // job.config.batch_size)
 
 
 def total_steps(job: FitJob) -> int:
-    """The optimiser steps of a job."""
-    c = job.config
-    steps = c.epochs * -(-len(job.sequences) // c.batch_size)
-    return steps if c.max_steps is None else min(steps, c.max_steps)
+    """The optimiser steps of a job that does not end early."""
+    steps = job.config.epochs * epoch_steps(job)
+    return steps if job.config.max_steps is None else min(steps, job.config.max_steps)
+
+
+def ends_early(job: FitJob) -> bool:
+    """Whether the job's rule may end it before its last step."""
+    return job.config.stop.loss > 0 or job.config.stop.gain > 0
 
 
 def hyper(jobs: Sequence[FitJob]) -> step_lib.Hyper:
@@ -97,17 +161,18 @@ def hyper(jobs: Sequence[FitJob]) -> step_lib.Hyper:
         weight_decay=f32([x.weight_decay for x in c]),
         max_grad_norm=f32([x.max_grad_norm for x in c]),
         scale=f32([x.lora.alpha / x.lora.rank for x in c]),
+        epoch_steps=i32([epoch_steps(job) for job in jobs]),
+        stop_loss=f32([x.stop.loss for x in c]),
+        stop_gain=f32([x.stop.gain for x in c]),
+        patience=i32([x.stop.patience for x in c]),
     )
-
-
-def _pad(values: Sequence[int], size: int, fill: int) -> np.ndarray:
-    return np.asarray([*values, *[fill] * (size - len(values))], np.int32)
 
 
 class FitEngine:
     """Fits jobs whose LoRA targets and batch size are the same; everything else may differ from job to job.
 
-    `params` are an argument of `fit`, so that one engine serves every policy of a run without compiling again.
+    `params` are an argument of `fit`, so that one engine serves every policy of a run without compiling again. `slots` and
+    `tokens_per_step` are those of one shard of `mesh` (default: one device).
     """
 
     def __init__(
@@ -120,13 +185,12 @@ class FitEngine:
         batch_size: int = 1,
         microbatch: int | None = None,
         lengths: Sequence[int] = plan.LENGTHS,
+        mesh: Mesh | None = None,
     ):
-        self.decoder = decoder
+        self.decoder, self.mesh = decoder, mesh or mesh_lib.single()
         self.rank, self.targets = lora.rank, tuple(lora.targets)
         self.slots, self.tokens_per_step, self.lengths = slots, tokens_per_step, tuple(lengths)
         self.batch_size, self.microbatch = batch_size, min(microbatch or batch_size, batch_size)
-        shape = functools.partial(lora_lib.init, jax.random.key(0), decoder.spec, self.rank, self.targets)
-        self.adapter_shapes = jax.eval_shape(shape)
 
     def fit(self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, progress: Callable[[int], None] | None = None) -> Fitted:
         """Fits every job from a fresh adapter. `progress` is called with the number of real tokens of each step that ended.
@@ -135,41 +199,28 @@ class FitEngine:
         """
         for job in jobs:
             self._check(job)
-        orders = [
-            plan.epoch_orders(
-                len(job.sequences), job.config.epochs, job.config.batch_size, rng.generator(seed, *job.key, "order"), job.config.max_steps
-            )
-            for job in jobs
-        ]
-        lengths = [
-            [plan.padded_length(max(len(job.sequences[i].ids) - 1 for i in step), self.lengths) for step in order]
-            for job, order in zip(jobs, orders, strict=True)
-        ]
-        room = -(-len(jobs) // ADMIT) * ADMIT if len(jobs) > 1 else 1
-        slots = min(self.slots, room)
-        state = _zeros_state(self.adapter_shapes, slots)
-        out = _zeros(self.adapter_shapes, room)
-        scalars, waste, issued = hyper(jobs), plan.Waste(), []
-        pending: collections.deque[tuple[jax.Array, int]] = collections.deque()
-        for action in plan.schedule(lengths, slots, self.batch_size, self.tokens_per_step):
-            if isinstance(action, plan.Admit):
-                state = self._admit(state, action, jobs, scalars, seed)
-            elif isinstance(action, plan.Retire):
-                index = [_pad(x, slots, fill) for x, fill in ((action.slots, 0), (action.edits, 1 << 30))]
-                out = _collect(out, state.lora, *jax.device_put(index))
-            else:
-                batch, real = self._batch(action, jobs, orders)
-                chunk = max(16, LOSS_POSITIONS // action.rows)
-                state, losses = _step(self.decoder, chunk, params, state, batch)
-                issued.append((action, losses))
-                waste.slots, waste.tokens, waste.steps = waste.slots + batch.inputs.size, waste.tokens + real, waste.steps + 1
-                if progress is not None:
-                    pending.append((losses, real))
-                    if len(pending) > AHEAD:
-                        _report(pending.popleft(), progress)
-        while progress is not None and pending:
-            _report(pending.popleft(), progress)
-        return Fitted(out, scalars.scale, _losses(issued, orders), waste)
+        return _Fit(self, params, jobs, seed).run(progress)
+
+    def abstract_state(self, slots: int) -> step_lib.FitState:
+        """The state of `slots` slots a shard: shapes, dtypes and shardings, no arrays."""
+        shapes = adapter_shapes(self.decoder.spec, self.rank, self.targets)
+        state = jax.eval_shape(lambda: step_lib.empty_state(shapes, mesh_lib.shards(self.mesh) * slots))
+        return jax.tree.map(_abstract, state, state_shardings(self.mesh, shapes, state))
+
+    def trace(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Traced:
+        """The program of a step of `rows` rows of `length` tokens a shard, with `slots` slots a shard, for arrays that need not exist.
+
+        `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
+        """
+        tokens = (mesh_lib.shards(self.mesh) * rows, -(-self.batch_size // self.microbatch), self.microbatch, length)
+        kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
+        edits = mesh_lib.edit_sharding(self.mesh)
+        batch = step_lib.Batch(*(_abstract(jax.ShapeDtypeStruct(*kind), edits) for kind in kinds))
+        return _step.trace(self.decoder, LOSS_POSITIONS, self.mesh, params, self.abstract_state(slots), batch)
+
+    def lower(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Lowered:
+        """`trace`, lowered for the devices of the mesh."""
+        return self.trace(params, length, rows, slots).lower()
 
     def _check(self, job: FitJob) -> None:
         c = job.config
@@ -178,52 +229,137 @@ class FitEngine:
         if c.lora.rank > self.rank or tuple(c.lora.targets) != self.targets or c.batch_size > self.batch_size:
             raise ValueError(f"job {job.key}: rank, targets or batch size do not fit this engine")
 
-    def _admit(
-        self, state: step_lib.FitState, action: plan.Admit, jobs: Sequence[FitJob], scalars: step_lib.Hyper, seed: int
-    ) -> step_lib.FitState:
-        for i in range(0, len(action.edits), ADMIT):
-            edits, slots = list(action.edits[i : i + ADMIT]), action.slots[i : i + ADMIT]
-            size = 1 if len(state.hyper.scale) == 1 else ADMIT
-            edits += [edits[-1]] * (size - len(edits))
-            keys = np.stack([rng.words(seed, *jobs[e].key, "adapter") for e in edits])
-            active = np.asarray([jobs[e].config.lora.rank for e in edits], np.int32)
-            lora = _initial(self.decoder.spec, self.rank, self.targets, *jax.device_put((keys, active)))
-            rates = jax.tree.map(lambda x, e=edits: x[np.asarray(e)], scalars)
-            state = _admit(state, *jax.device_put((_pad(slots, size, 1 << 30), lora, rates)))
-        return state
 
-    def _batch(self, action: plan.Step, jobs: Sequence[FitJob], orders: Sequence[Sequence[Sequence[int]]]) -> tuple[step_lib.Batch, int]:
-        """The step's arrays, and how many of its token slots are real."""
-        shape = (action.rows, self.batch_size, action.length)
+class _Fit:
+    """One call of `FitEngine.fit`: what is planned, what is on the mesh, and what was issued."""
+
+    def __init__(self, engine: FitEngine, params: Any, jobs: Sequence[FitJob], seed: int):
+        self.engine, self.params, self.jobs, self.seed = engine, params, jobs, seed
+        self.mesh, self.sharding = engine.mesh, mesh_lib.edit_sharding(engine.mesh)
+        self.shards = mesh_lib.shards(engine.mesh)
+        self.orders = [
+            plan.epoch_orders(
+                len(job.sequences), job.config.epochs, job.config.batch_size, rng.generator(seed, *job.key, "order"), job.config.max_steps
+            )
+            for job in jobs
+        ]
+        lengths = [
+            [plan.padded_length(max(len(job.sequences[i].ids) - 1 for i in step), engine.lengths) for step in order]
+            for job, order in zip(jobs, self.orders, strict=True)
+        ]
+        shard_of = plan.deal([sum(steps) for steps in lengths], self.shards)
+        number = [0] * self.shards  # adapters a shard
+        self.places = np.zeros(len(jobs), int)
+        for job, shard in enumerate(shard_of):
+            self.places[job], number[shard] = number[shard], number[shard] + 1
+        most = max(number, default=0)
+        self.room = -(-most // ADMIT) * ADMIT if most > 1 else 1
+        self.places += np.asarray(shard_of, int) * self.room
+        self.slots = min(engine.slots, self.room)
+        self.schedule = plan.Schedule(lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards)
+        self.hyper = hyper(jobs)
+        self.waste = plan.Waste()
+        self.state, self.out = _empty(self.mesh, engine.decoder.spec, engine.rank, engine.targets, self.slots, self.room)()
+
+    def run(self, progress: Callable[[int], None] | None) -> Fitted:
+        issued: list[tuple[plan.Step, step_lib.Report]] = []
+        pending: collections.deque[tuple[plan.Step, step_lib.Report, int]] = collections.deque()
+        early = any(map(ends_early, self.jobs))
+        for action in self.schedule:
+            if isinstance(action, plan.Admit):
+                self._admit(action)
+            elif isinstance(action, plan.Retire):
+                self._retire(action)
+            else:
+                report, real = self._step(action)
+                issued.append((action, report))
+                if progress is not None or early:
+                    pending.append((action, report, real))
+                    if len(pending) > AHEAD:
+                        self._look(*pending.popleft(), early, progress)
+        while pending:
+            self._look(*pending.popleft(), False, progress)
+        scale = np.zeros(self.shards * self.room, np.float32)
+        scale[self.places] = self.hyper.scale
+        return Fitted(self.out, self.places, scale, self._losses(issued), self.waste)
+
+    def _look(self, action: plan.Step, report: step_lib.Report, real: int, early: bool, progress: Callable[[int], None] | None) -> None:
+        """Waits for a step. Edits that ended in it leave the schedule: always after the same number of steps, so that runs repeat."""
+        report.loss.block_until_ready()
+        if early:
+            ended = np.asarray(report.ended)
+            for edit, row in zip(action.edits, self._rows(action), strict=True):
+                if ended[row]:
+                    self.schedule.end(edit)
+        if progress is not None:
+            progress(real)
+
+    def _spread(self, slots: Sequence[int], size: int, per_shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where in arrays of `per_shard` entries a shard the (global) `slots` come, and [shards x per_shard] slots within the shard."""
+        local, taken, where = np.full(self.shards * per_shard, NONE, np.int32), [0] * self.shards, []
+        for slot in slots:
+            shard = slot // size
+            where.append(shard * per_shard + taken[shard])
+            local[where[-1]], taken[shard] = slot % size, taken[shard] + 1
+        return np.asarray(where, int), local
+
+    def _rows(self, action: plan.Step) -> np.ndarray:
+        return self._spread(action.slots, self.slots, action.rows)[0]
+
+    def _admit(self, action: plan.Admit) -> None:
+        size = min(ADMIT, self.slots)
+        by_shard: list[list[tuple[int, int]]] = [[] for _ in range(self.shards)]
+        for edit, slot in zip(action.edits, action.slots, strict=True):
+            by_shard[slot // self.slots].append((edit, slot))
+        for start in range(0, max(map(len, by_shard)), size):
+            part = [pair for pairs in by_shard for pair in pairs[start : start + size]]
+            where, local = self._spread([slot for _, slot in part], self.slots, size)
+            edits = np.full(len(local), part[0][0])
+            edits[where] = [edit for edit, _ in part]
+            keys = np.stack([rng.words(self.seed, *self.jobs[e].key, "adapter") for e in edits])
+            active = np.asarray([self.jobs[e].config.lora.rank for e in edits], np.int32)
+            arrays = mesh_lib.put((local, keys, active, jax.tree.map(lambda x, edits=edits: x[edits], self.hyper)), self.sharding)
+            engine = self.engine
+            self.state = _admit(engine.decoder.spec, engine.rank, engine.targets, self.mesh, self.state, *arrays)
+
+    def _retire(self, action: plan.Retire) -> None:
+        where, local = self._spread(action.slots, self.slots, self.slots)
+        places = np.full(len(local), NONE, np.int32)
+        places[where] = self.places[list(action.edits)] % self.room
+        self.out = _collect(self.mesh, self.out, self.state.lora, *mesh_lib.put((local, places), self.sharding))
+
+    def _step(self, action: plan.Step) -> tuple[step_lib.Report, int]:
+        """Issues a step; its report, and how many of its token slots are real."""
+        batch, real = self._batch(action)
+        self.waste.slots, self.waste.tokens = self.waste.slots + batch.inputs.size, self.waste.tokens + real
+        self.waste.steps += 1
+        batch = mesh_lib.put(batch, self.sharding)
+        self.state, report = _step(self.engine.decoder, LOSS_POSITIONS, self.mesh, self.params, self.state, batch)
+        return report, real
+
+    def _batch(self, action: plan.Step) -> tuple[step_lib.Batch, int]:
+        batch_size, microbatch = self.engine.batch_size, self.engine.microbatch
+        where, local = self._spread(action.slots, self.slots, action.rows)
+        shape = (len(local), batch_size, action.length)
         inputs, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         real = 0
-        for row, (edit, number) in enumerate(zip(action.edits, action.numbers, strict=True)):
-            for place, index in enumerate(orders[edit][number]):
-                sequence = jobs[edit].sequences[index]
+        for row, edit, number in zip(where, action.edits, action.numbers, strict=True):
+            for place, index in enumerate(self.orders[edit][number]):
+                sequence = self.jobs[edit].sequences[index]
                 ids, count = np.asarray(sequence.ids, np.int32), len(sequence.ids) - 1
                 inputs[row, place, :count], targets[row, place, :count] = ids[:-1], ids[1:]
                 weights[row, place, max(sequence.loss_from, 1) - 1 : count] = 1.0
                 real += count
-        split = (action.rows, -(-self.batch_size // self.microbatch), self.microbatch, action.length)
-        short = split[1] * split[2] - self.batch_size
+        split = (len(local), -(-batch_size // microbatch), microbatch, action.length)
+        short = split[1] * split[2] - batch_size
         arrays = [np.pad(x, ((0, 0), (0, short), (0, 0))).reshape(split) for x in (inputs, targets, weights)]
-        return jax.device_put(step_lib.Batch(_pad(action.slots, action.rows, 1 << 30), *arrays)), real
+        return step_lib.Batch(local, *arrays), real
 
-
-@functools.partial(jax.jit, static_argnums=(1,))
-def _zeros_state(shapes: Any, slots: int) -> step_lib.FitState:
-    return step_lib.empty_state(shapes, slots)
-
-
-def _report(step: tuple[jax.Array, int], progress: Callable[[int], None]) -> None:
-    step[0].block_until_ready()
-    progress(step[1])
-
-
-def _losses(issued: Sequence[tuple[plan.Step, jax.Array]], orders: Sequence[Sequence[Any]]) -> list[np.ndarray]:
-    losses = [np.zeros(len(order), np.float32) for order in orders]
-    values = jax.device_get([x for _, x in issued])
-    for (action, _), row in zip(issued, values, strict=True):
-        for edit, number, value in zip(action.edits, action.numbers, row, strict=False):
-            losses[edit][number] = value
-    return losses
+    def _losses(self, issued: Sequence[tuple[plan.Step, step_lib.Report]]) -> list[np.ndarray]:
+        losses = [np.full(len(order), -1.0, np.float32) for order in self.orders]
+        values = jax.device_get([report.loss for _, report in issued])
+        for (action, _), loss in zip(issued, values, strict=True):
+            for edit, number, row in zip(action.edits, action.numbers, self._rows(action), strict=True):
+                losses[edit][number] = loss[row]
+        # Steps that were issued before the host had seen that the edit had ended, or not at all, stand at -1, which no loss is.
+        return [x[x != -1.0] for x in losses]

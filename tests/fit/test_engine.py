@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seal_jax import rng
-from seal_jax.config import FitConfig, LoraConfig
+from seal_jax.config import FitConfig, LoraConfig, StopConfig
 from seal_jax.fit import engine as engine_lib
 from seal_jax.fit import plan
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens, total_steps
@@ -194,6 +194,46 @@ def test_results_depend_on_key_and_seed(world):
         assert not np.isclose(adapter(other, 0)[0], solo[0][1][0]).any(axis=(0, 1)).all()
 
 
+# --- An early end ---------------------------------------------------------------------------------------------------
+
+
+def expected_end(losses, epoch, stop):
+    """After how many of the steps with `losses` the rule ends an edit, from its definition."""
+    best, stale = np.inf, 0
+    for end in range(epoch, len(losses) + 1, epoch):
+        mean = np.mean(losses[end - epoch : end])
+        stale = 0 if mean < best * (1 - stop.gain) else stale + 1
+        best = min(best, mean)
+        if (stop.loss and mean <= stop.loss) or (stop.gain and stale >= stop.patience):
+            return end
+    return len(losses)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_an_edit_may_end_early(world, slots):
+    """By its own rule and no other's: the same steps as without the rule, and none after; its slot goes to the next edit."""
+    model, jobs, _ = world
+    long = [dataclasses.replace(job, config=dataclasses.replace(job.config, epochs=8, schedule="constant")) for job in jobs[:5]]
+    full = make_engine(model.spec, 8).fit(model.params, long)
+    levels = [float(np.mean(x[3 * len(j.sequences) : 4 * len(j.sequences)])) for x, j in zip(full.losses, long, strict=True)]
+    stops = [
+        StopConfig(loss=levels[0]),
+        StopConfig(),
+        StopConfig(gain=0.9, patience=2),
+        StopConfig(loss=levels[3], gain=1e-6, patience=100),
+        StopConfig(gain=0.9),
+    ]
+    ruled = [dataclasses.replace(j, config=dataclasses.replace(j.config, stop=s)) for j, s in zip(long, stops, strict=True)]
+    fitted = make_engine(model.spec, slots, min(slots, 4)).fit(model.params, ruled)
+    ends = [expected_end(x, len(j.sequences), s) for x, j, s in zip(full.losses, long, stops, strict=True)]
+    assert [len(x) for x in fitted.losses] == ends
+    assert ends[1] == len(full.losses[1]) and ends[2] == 3 * len(long[2].sequences) and ends[4] == 2 * len(long[4].sequences)
+    for i, end in enumerate(ends):
+        short = dataclasses.replace(long[i], config=dataclasses.replace(long[i].config, max_steps=end))
+        alone = make_engine(model.spec, 1, 1).fit(model.params, [short])
+        assert_same((alone.losses[0], adapter(alone, 0)), (fitted.losses[i], adapter(fitted, i)))
+
+
 # --- One program ----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +242,7 @@ def test_new_values_do_not_compile_again(world):
     model, jobs, _ = world
     engine = make_engine(model.spec)
     engine.fit(model.params, jobs)
-    before = {f: getattr(engine_lib, f)._cache_size() for f in ("_step", "_admit", "_initial", "_collect", "_zeros_state", "_zeros")}
+    before = {f: getattr(engine_lib, f)._cache_size() for f in ("_step", "_admit", "_collect")}
     changed = [
         FitJob(
             (*job.key, "new"),

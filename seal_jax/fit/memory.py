@@ -1,0 +1,151 @@
+"""How many edits fit into a device's memory, asked of the compiler: nothing is allocated to find out.
+
+A fit step's memory grows linearly with its slots (adapters, moments, and the results that they become), so that two compilations tell how
+much a slot takes, and a third confirms what follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from seal_jax.errors import SealError
+from seal_jax.fit import plan
+from seal_jax.fit.engine import FitEngine
+from seal_jax.parallel.cost import shard_bytes
+
+SHARE = 0.9  # of a device's memory that programs may take; the rest is the runtime's, and lost between buffers
+CPU_SHARE = 0.5  # the same of a machine's main memory, which others use too
+TRIES = 8  # compilations at most
+
+
+class Bytes(NamedTuple):
+    """What a compiled program takes on one device, in bytes."""
+
+    arguments: int
+    results: int  # beyond those that take the place of arguments
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Fits(NamedTuple):
+    """The largest number of slots that fits, and what it takes: bytes a device, confirmed by a compilation."""
+
+    slots: int
+    bytes: int
+
+
+def of_program(compiled: Any) -> Bytes | None:
+    """The memory of a compiled program; None where the backend does not tell."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    results = max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
+    return Bytes(found.argument_size_in_bytes, results, found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+
+
+def refused_bytes(error: Exception) -> float | None:
+    """What a program would take that the compiler refused for want of memory; inf if it does not say, None for another error."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", text)
+    return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else math.inf
+
+
+def most_within(bytes_of: Callable[[int], float], limit: float, first: int, most: int) -> Fits | None:
+    """The largest K in [1, most] for which `bytes_of(K)`, linear in K from `first` on, is at most `limit`. None: not even 1 fits.
+
+    `bytes_of` is dear (it compiles): it is asked at `first` and twice that, then at the K that a straight line through the two points
+    predicts, and again where the line was wrong. Below `first` the range is halved. What is returned has been asked for.
+    """
+    known: dict[int, float] = {}
+
+    def ask(k: int) -> float:
+        if k not in known:
+            known[k] = bytes_of(k)
+        return known[k]
+
+    first = max(1, min(first, most))
+    good, bad = (first, most + 1) if ask(first) <= limit else (0, first)
+    other = min(2 * first, most) if good else first // 2
+    while good < other < bad and len(known) < TRIES:
+        if ask(other) <= limit:
+            good = other
+        else:
+            bad = other
+        if good < first or not math.isfinite(known[other]):
+            other = (good + bad) // 2
+        else:
+            slope = (known[other] - known[first]) / (other - first)
+            other = min(bad - 1, most if slope <= 0 else first + math.floor((limit - known[first]) / slope))
+    return Fits(good, int(known[good])) if good else None
+
+
+def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
+    """Bytes a device of a fit step of `length` tokens with `slots` slots a shard; inf where the compiler refuses it for want of memory.
+
+    `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings. Raises `SealError` where the backend does not tell.
+    """
+    rows = plan.row_choices(length, engine.batch_size, engine.tokens_per_step, slots)[-1]
+    try:
+        found = of_program(engine.lower(params, length, rows, slots).compile())
+    except jax.errors.JaxRuntimeError as error:
+        if (used := refused_bytes(error)) is None:
+            raise
+        return used
+    if found is None:
+        raise SealError("fit.slots: this backend does not tell what a program takes; set a number")
+    return float(found.total)
+
+
+def adapter_bytes(engine: FitEngine) -> int:
+    """Bytes a device of one fitted adapter."""
+    return shard_bytes(engine.abstract_state(1).lora)
+
+
+def device_limit(mesh: Mesh) -> float:
+    """Bytes that programs may take on each device of `mesh`.
+
+    Raises `SealError` where neither the device nor the machine tells.
+    """
+    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    if device.platform == "cpu":
+        try:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (OSError, ValueError):
+            raise SealError("fit.slots: this machine does not tell how much memory it has; set a number") from None
+        return CPU_SHARE * memory / len(mesh.local_devices)
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise SealError(f"fit.slots: {device.device_kind} does not tell how much memory it has; set a number")
+    return SHARE * stats["bytes_limit"]
+
+
+def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, held: int = 0, limit: float | None = None) -> int:
+    """How many slots a shard an engine may have to fit `edits` edits a shard, sequences padded to at most `length` tokens.
+
+    `held`: bytes a device that are neither the weights nor the engine's while it fits. `limit`: bytes a device, default
+    `device_limit`. The adapters that come of the `edits` are counted. Raises `SealError` if not even one slot fits.
+    """
+    limit = device_limit(engine.mesh) if limit is None else limit
+    held += edits * adapter_bytes(engine)
+    first = plan.row_choices(length, engine.batch_size, engine.tokens_per_step, edits)[-1]
+    found = most_within(lambda k: held + step_bytes(engine, params, length, k), limit, first, edits)
+    if found is None:
+        least = held + step_bytes(engine, params, length, 1)
+        raise SealError(
+            f"one edit of {length} tokens takes {least / 2**30:.1f} GiB a device, {limit / 2**30:.1f} GiB are to be had; "
+            "share the model (mesh.fsdp, mesh.tensor), model.remat=full, or model.max_length lower"
+        )
+    return found.slots

@@ -1,0 +1,126 @@
+"""How many slots fit: the search on made-up memories, and what the compiler says of a tiny engine."""
+
+import math
+import random
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seal_jax.config import LoraConfig
+from seal_jax.errors import SealError
+from seal_jax.fit import memory
+from seal_jax.fit.engine import FitEngine
+from seal_jax.models.decoder import Decoder
+from seal_jax.models.spec import from_hf
+from seal_jax.models.tree import leaves, nest
+from seal_jax.parallel import mesh as mesh_lib
+
+SPEC = from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def fit():
+    """(engine, abstract parameters)."""
+    mesh = mesh_lib.single()
+    where = mesh_lib.parameter_sharding(mesh)
+    params = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=where(leaf.path, leaf.shape)) for leaf in leaves(SPEC)}
+    return FitEngine(Decoder(SPEC), LoraConfig(4, 8.0, ["q_proj"]), slots=1, tokens_per_step=64, mesh=mesh), nest(params)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(quick_compile):
+    with quick_compile():
+        yield
+
+
+def test_the_largest_number_is_found_with_three_questions_where_memory_is_linear():
+    for seed in range(500):
+        draw = random.Random(seed)
+        base, slope, limit = draw.randint(0, 1000), draw.randint(1, 50), draw.randint(1, 5000)
+        first, most = draw.randint(1, 40), draw.randint(1, 300)
+        asked = []
+        found = memory.most_within(lambda k: asked.append(k) or base + slope * k, limit, first, most)  # noqa: B023
+        best = min(most, (limit - base) // slope)
+        assert (found.slots if found else 0) == max(0, best), (base, slope, limit, first, most)
+        assert found is None or (found.slots in asked and found.bytes == base + slope * found.slots)
+        assert len(asked) == len(set(asked)) <= (3 if best >= min(first, most) else memory.TRIES)
+
+
+def test_what_is_found_fits_where_memory_is_not_linear():
+    used = lambda k: 100 + 10 * k + (200 if k > 40 else 0)  # noqa: E731
+    found = memory.most_within(used, 600, 8, 200)
+    assert found.slots <= 40 and used(found.slots) == found.bytes <= 600
+    refused = memory.most_within(lambda k: 100 + 10 * k if k <= 20 else math.inf, 1000, 8, 200)
+    assert 16 <= refused.slots <= 20, "a compiler that does not say by how much it failed costs tries, but no wrong answer"
+
+
+def test_nothing_fits_or_nothing_grows():
+    assert memory.most_within(lambda k: 10.0, 5.0, 4, 9) is None
+    assert memory.most_within(lambda k: 10.0, 15.0, 4, 9).slots == 9
+    assert memory.most_within(lambda k: 10.0, 15.0, 4, 1).slots == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "used"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm.",
+            18.5 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 900.00M of 500.00M hbm", 900 * 2**20),
+        ("RESOURCE_EXHAUSTED: no figures", math.inf),
+        ("INVALID_ARGUMENT: Used 1G of 2G", None),
+    ],
+)
+def test_what_a_refusal_says(text, used):
+    assert memory.refused_bytes(RuntimeError(text)) == used
+
+
+def test_a_slot_takes_an_adapter_and_its_moments(fit):
+    engine, params = fit
+    assert memory.adapter_bytes(engine) == 4 * 2 * 4 * (32 + 32), "float32, two layers, rank 4"
+    per_slot = (memory.step_bytes(engine, params, 16, 64) - memory.step_bytes(engine, params, 16, 32)) / 32
+    assert 3 * memory.adapter_bytes(engine) <= per_slot <= 3.5 * memory.adapter_bytes(engine)
+
+
+def test_slots_that_fit_keep_within_the_limit(fit, monkeypatch):
+    engine, params = fit
+    assert memory.slots_that_fit(engine, params, 16, 2) == 2, "no more slots than edits; compiled, against this machine's memory"
+    adapter = memory.adapter_bytes(engine)
+    monkeypatch.setattr(memory, "step_bytes", lambda engine, params, length, slots: 1000 + 3 * slots * adapter)
+    limit = 1000 + 100 * adapter + 3 * 20 * adapter
+    assert memory.slots_that_fit(engine, params, 16, 100, limit=limit) == 20, "beside the adapters that come of the 100 edits"
+    assert memory.slots_that_fit(engine, params, 16, 100, limit=limit, held=30 * adapter) == 10
+    with pytest.raises(SealError, match=r"one edit of 16 tokens takes .* GiB a device"):
+        memory.slots_that_fit(engine, params, 16, 100, limit=1000)
+
+
+def test_a_device_that_does_not_tell_is_an_error():
+    class Silent:
+        platform, device_kind, process_index = "gpu", "a card", jax.process_index()
+
+        def memory_stats(self):
+            return None
+
+    class Mesh:
+        class devices:
+            flat = (Silent(),)
+
+    with pytest.raises(SealError, match="a card does not tell"):
+        memory.device_limit(Mesh)
+    Silent.memory_stats = lambda self: {"bytes_limit": 1000}
+    assert memory.device_limit(Mesh) == memory.SHARE * 1000
+    assert memory.device_limit(mesh_lib.single()) > 2**28
