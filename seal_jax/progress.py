@@ -11,6 +11,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from seal_jax.parallel import processes
+
 SECONDS = 10.0  # between plain lines, over all steps of the process
 
 
@@ -44,10 +46,17 @@ class _Lines:
             print(meter, file=sys.stderr, flush=True)
 
 
+class _Silent:
+    def update(self, n: int = 1) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def bar(what: str, total: int, unit: str) -> Iterator[Progress]:
-    """The progress of one step: `what` it does, in `total` units."""
-    if sys.stderr.isatty():
+    """The progress of one step: `what` it does, in `total` units. In a run of several processes the first one tells."""
+    if not processes.first():
+        yield _Silent()
+    elif sys.stderr.isatty():
         size = os.get_terminal_size(sys.stderr.fileno())  # of 0 by 0, where it does not say
         shape = {"ncols": min(size.columns or 80, 96), "nrows": size.lines or 24}
         with tqdm(total=total, desc=what, unit=unit, unit_scale=total > 9999, mininterval=0.2, **shape) as shown:

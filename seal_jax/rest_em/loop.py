@@ -23,6 +23,8 @@ from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.grade import base as grade
 from seal_jax.models import load
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel import processes
 from seal_jax.progress import bar
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, measure
@@ -55,12 +57,23 @@ def grader(config: RunConfig) -> grade.Grader:
                 answer=dataclasses.replace(config.answer, max_tokens=8),
             )
             try:
-                judge.append(Policy(load.load_model(settings.model), settings))
+                judge.append(load_policy(settings))
             except SealError as error:
                 raise SealError(f"grade.model, the judge: {error}") from None
         return judge[0].answer([prompts], what="judging")[0]
 
-    return grade.build(config.grade, generate)
+    found = grade.build(config.grade, generate)
+    return _AskedOnce(found) if config.grade.name == "endpoint" else found
+
+
+class _AskedOnce:
+    """A grader that the first process alone calls, for all: a server's replies are paid for, and may differ from one call to the next."""
+
+    def __init__(self, grader: grade.Grader):
+        self.name, self._grader = grader.name, grader
+
+    def grade(self, items: Sequence[grade.GradeItem]) -> list[bool | None]:
+        return processes.share(self._grader.grade(items) if processes.first() else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +85,12 @@ class Stage:
     contexts: dict[str, list[Context]]
 
 
+def load_policy(config: RunConfig) -> Policy:
+    """The configured model, on the configured mesh."""
+    mesh = mesh_lib.make(config.mesh)
+    return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh)), config, mesh)
+
+
 def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0) -> Stage:
     """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
 
@@ -81,7 +100,7 @@ def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = N
     contexts = {split: task.contexts(split) for split in splits}
     if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
         raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
-    policy = Policy(load.load_model(config.model), config)
+    policy = load_policy(config)
     for number in range(1, after + 1):
         assert trained is not None
         restore(policy, trained, number)
@@ -91,8 +110,11 @@ def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = N
 def restore(policy: Policy, store: RunStore, number: int) -> None:
     """Merges the adapter of round `number` into the policy, if that round kept anything to learn from."""
     if store.read(f"rounds/{number}/m_step")["pairs"]:
-        lora, metadata = checkpoint.load_adapters(store.folder / "policy" / str(number))
-        policy.merge(lora, metadata["alpha"] / metadata["rank"])
+        lora, scale = None, None
+        if processes.first():
+            lora, metadata = checkpoint.load_adapters(store.folder / "policy" / str(number))
+            scale = metadata["alpha"] / metadata["rank"]
+        policy.merge(lora, processes.share(scale))
 
 
 def rounds_done(store: RunStore) -> int:
@@ -178,16 +200,18 @@ def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[st
         store.once(f"rounds/{number}/m_step", lambda: {"pairs": 0, "steps": 0, "losses": []})
         return
     # The unit is written after the checkpoint: with it, the round is done.
-    if not (store.has(f"rounds/{number}/m_step") and checkpoint.is_complete(folder)):
+    done = processes.share(checkpoint.is_complete(folder))
+    if not (store.has(f"rounds/{number}/m_step") and done):
         contexts, start = {c.id: c for c in stage.contexts["train"]}, time.monotonic()
         texts = {(r["id"], e["candidate"]): e["text"] for r in records for e in r["edits"]}
         pairs = [(task.edit_prompt(contexts[k["context"]]), texts[k["context"], k["candidate"]].strip()) for k in kept]
         fitted = policy.tune(pairs, ("round", number, "m_step"))
-        lora = jax.tree.map(lambda x: x[0], fitted.lora)
+        lora = jax.tree.map(lambda x: x[fitted.places[0]], mesh_lib.fetch(fitted.lora))
         losses = [float(x) for x in fitted.losses[0]]  # waits for the device
         seconds = round(time.monotonic() - start, 3)
         m = policy.config.m_step.lora
-        checkpoint.save_adapters(folder, lora, {"round": number, "rank": m.rank, "alpha": m.alpha})
+        if processes.first():
+            checkpoint.save_adapters(folder, lora, {"round": number, "rank": m.rank, "alpha": m.alpha})
         store.once(f"rounds/{number}/m_step", lambda: {"pairs": len(pairs), "steps": len(losses), "losses": losses, "seconds": seconds})
     # Read back also where it was just made, so that going on equals not stopping.
     restore(policy, store, number)
@@ -215,13 +239,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         for number in range(1, config.rest_em.rounds + 1):
             records = e_step(stage, store, number)
             m_step(stage, store, number, records)
-            write_report(store.folder)
+            if processes.first():
+                write_report(store.folder)
         if config.evaluate.during_training and config.rest_em.rounds:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:
             return {"rows": [], "notes": []}
         table = files.dump(summary(config, evaluations))
-        files.write_atomic(store.folder / "table.json", table)  # over what `evaluate` may have left there, which has less
+        if processes.first():
+            files.write_atomic(store.folder / "table.json", table)  # over what `evaluate` may have left there, which has less
         return json.loads(table)
 
 

@@ -6,21 +6,24 @@ A `Policy` is the model with its weights as they are after some number of rounds
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from seal_jax import rng
 from seal_jax.config import FitConfig, RunConfig
-from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, total_steps
+from seal_jax.fit import memory
+from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, adapter_shapes, total_steps
+from seal_jax.fit.plan import padded_length
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import Model
+from seal_jax.models.load import Model, activation_dtype
 from seal_jax.models.tokenizer import Tokenizer
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel import processes
 from seal_jax.progress import bar
 from seal_jax.sample import engine as sample
 from seal_jax.tasks.base import Prompt, TrainingSet
@@ -28,12 +31,7 @@ from seal_jax.tasks.base import Prompt, TrainingSet
 Key = tuple[str | int, ...]
 
 
-@functools.partial(jax.jit, donate_argnums=(0,))
-def _merge(params: Any, lora: Any, scale: Any) -> Any:
-    return lora_lib.merge(params, lora, scale)
-
-
-_scaled = jax.jit(jax.vmap(lora_lib.scaled))
+_scaled = jax.jit(jax.vmap(lora_lib.scaled), donate_argnums=(0,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +52,15 @@ class Adapted:
 
 
 class Policy:
-    """A model with the engines that `config` asks for. Holds no state but the weights, which `merge` replaces."""
+    """A model with the engines that `config` asks for, on `mesh` (default: one device). Its state: the weights, which `merge` replaces."""
 
-    def __init__(self, model: Model, config: RunConfig):
-        self.config = config
+    def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
+        self.config, self.mesh = config, mesh or mesh_lib.single()
+        self._slots_of: dict[tuple[int, int], int] = {}
         self.tokenizer: Tokenizer = model.tokenizer
         self.params = model.params
-        dtype = jax.tree.leaves(model.params)[0].dtype
-        self.decoder = Decoder(model.spec, dtype, config.model.remat)
+        weights = jax.tree.leaves(model.params)[0].dtype
+        self.decoder = Decoder(model.spec, activation_dtype(weights), config.model.remat)
         self.max_length = min(config.model.max_length, model.spec.max_positions)
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -90,9 +89,8 @@ class Policy:
 
     def _generate(self, requests: list[sample.Request], rows: int, lora: Any, what: str) -> list[str]:
         with bar(what, len(requests), "seq") as progress:
-            done = sample.generate(
-                self.decoder, self.params, requests, stop=self.tokenizer.eos_ids, rows=rows, lora=lora, progress=progress.update
-            )
+            options = {"stop": self.tokenizer.eos_ids, "rows": rows, "lora": lora, "mesh": self.mesh, "progress": progress.update}
+            done = sample.generate(self.decoder, self.params, requests, **options)
         return [self.tokenizer.decode(g.tokens) for g in done]
 
     def write(self, prompts: Sequence[Prompt], keys: Sequence[Sequence[Key]], what: str = "writing self-edits") -> list[list[str]]:
@@ -108,11 +106,12 @@ class Policy:
         texts = iter(self._generate(requests, c.rows, None, what))
         return [[next(texts) for _ in candidates] for candidates in keys]
 
-    def answer(self, probes: Sequence[Sequence[Prompt]], lora: Any = None, what: str = "answering") -> list[list[str]]:
-        """Greedy answers to the probes of each adapter (`lora` stacked, scale folded in), or of the bare policy."""
-        requests = [
-            self._question(prompt, adapter if lora is not None else 0) for adapter, prompts in enumerate(probes) for prompt in prompts
-        ]
+    def answer(
+        self, probes: Sequence[Sequence[Prompt]], lora: Any = None, places: Sequence[int] | None = None, what: str = "answering"
+    ) -> list[list[str]]:
+        """Greedy answers to each set of probes: by the adapter at its place in `lora` (stacked, scale folded in), or the bare policy."""
+        adapters = [0] * len(probes) if places is None else places
+        requests = [self._question(prompt, int(a)) for a, prompts in zip(adapters, probes, strict=True) for prompt in prompts]
         texts = iter(self._generate(requests, self.config.answer.rows, lora, what))
         return [[next(texts) for _ in prompts] for prompts in probes]
 
@@ -126,15 +125,24 @@ class Policy:
         """Fits an adapter for every edit, all at once, and has each adapted model answer its probes."""
         if not edits:
             return []
-        c = self.config.fit
         jobs = [FitJob(e.key, self.tokenise(e.training), self._fit_config(e.training)) for e in edits]
-        engine = FitEngine(
-            self.decoder, c.lora, slots=c.slots, tokens_per_step=c.tokens_per_step, batch_size=c.batch_size, lengths=tuple(c.lengths)
-        )
-        fitted = self._fit(engine, jobs, f"fitting{what}")
-        lora = _scaled(fitted.lora, np.resize(fitted.scale, jax.tree.leaves(fitted.lora)[0].shape[0]))
-        outputs = self.answer([e.probes for e in edits], lora, f"answering{what}")
+        fitted = self._fit(self._engine(self.config.fit.slots or self._slots(jobs)), jobs, f"fitting{what}")
+        lora = _scaled(fitted.lora, mesh_lib.put(fitted.scale, mesh_lib.edit_sharding(self.mesh)))
+        outputs = self.answer([e.probes for e in edits], lora, fitted.places, f"answering{what}")
         return [Adapted(tuple(o), losses) for o, losses in zip(outputs, fitted.losses, strict=True)]
+
+    def _engine(self, slots: int) -> FitEngine:
+        c = self.config.fit
+        options = {"tokens_per_step": c.tokens_per_step, "batch_size": c.batch_size, "lengths": tuple(c.lengths), "mesh": self.mesh}
+        return FitEngine(self.decoder, c.lora, slots=slots, **options)
+
+    def _slots(self, jobs: Sequence[FitJob]) -> int:
+        """As many as fit: asked of the compiler, once for jobs of about the same number and length."""
+        length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(self.config.fit.lengths))
+        edits = 8 * -(-len(jobs) // (8 * mesh_lib.shards(self.mesh)))
+        if (length, edits) not in self._slots_of:
+            self._slots_of[length, edits] = processes.share(memory.slots_that_fit(self._engine(1), self.params, length, edits))
+        return self._slots_of[length, edits]
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)
@@ -155,9 +163,17 @@ class Policy:
             before, after = self.tokenizer.encode_completion(prompt, text)
             sequences.append(Tokens(tuple((before + after)[: self.max_length]), len(before)))
         fit = FitConfig(m.lora, m.learning_rate, m.schedule, m.warmup_steps, m.weight_decay, m.max_grad_norm, m.epochs, batch_size)
-        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch_size, microbatch=m.microbatch)
+        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch_size, microbatch=m.microbatch, mesh=self.mesh)
         return self._fit(engine, [FitJob(key, tuple(sequences), fit)], "M-step")
 
     def merge(self, lora: Any, scale: float) -> None:
-        """Merges an adapter (leaves without a leading axis of edits) into the weights; `scale` is its alpha / rank."""
-        self.params = _merge(self.params, jax.tree.map(jnp.asarray, lora), scale)
+        """Merges an adapter (host arrays without a leading axis of edits) into the weights; `scale` is its alpha / rank.
+
+        In a run of several processes the first one's adapter counts; the others need none.
+        """
+        m = self.config.m_step.lora
+        if not processes.first():
+            lora = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter_shapes(self.decoder.spec, m.rank, tuple(m.targets)))
+        lora = mesh_lib.put(processes.share_arrays(lora), mesh_lib.everywhere(self.mesh))
+        where = jax.tree.map(lambda x: x.sharding, self.params)
+        self.params = jax.jit(lora_lib.merge, donate_argnums=(0,), out_shardings=where)(self.params, lora, scale)

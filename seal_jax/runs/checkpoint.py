@@ -38,7 +38,7 @@ def save_adapters(folder: str | os.PathLike[str], tree: Mapping[str, Any], metad
     staging = folder.with_name(f".{folder.name}.new")
     _remove(staging)
     try:
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             checkpointer.save(staging, arrays)
     except Exception as error:  # a full disk comes as OSError, ValueError or RuntimeError, by the layer that meets it
         _remove(staging)
@@ -63,6 +63,12 @@ def save_adapters(folder: str | os.PathLike[str], tree: Mapping[str, Any], metad
     except SealError:
         _remove(staging)
         raise
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """One that asks for no other process: in a run of several, the first alone saves and restores."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="seal_jax")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
 @contextlib.contextmanager
@@ -114,7 +120,7 @@ def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise SealError(f"{folder}: damaged checkpoint ({name} has changed); delete this folder and continue the run")
         # Saved as numpy arrays, they are restored as such: no device is asked for, and any machine can read any other's.
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             return checkpointer.restore(folder), manifest["metadata"]
     except (OSError, ValueError, RuntimeError) as error:
         raise SealError(f"{folder}: cannot read the checkpoint: {_reason(error)}") from None

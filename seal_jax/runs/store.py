@@ -8,6 +8,8 @@
 
 A run is a pure function of its configuration, and a unit is computed from that and from earlier units alone. So a run that was stopped
 at any moment, by SIGKILL too, and went on has the files of one that was never stopped.
+
+In a run of several processes the first one has the folder; the others learn from it what it holds, and write nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 from seal_jax import __version__
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
+from seal_jax.parallel import processes
 from seal_jax.runs import files
 from seal_jax.runs.events import EventLog, WarningEvents
 
@@ -56,6 +59,7 @@ class RunStore:
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = pathlib.Path(folder)
+        self._shared = False  # whether all processes of the run read through the first
         self._events: EventLog | None = None  # None: reads only
         self._warnings: WarningEvents | None = None
         self._lock = -1
@@ -67,7 +71,18 @@ class RunStore:
         Raises `SealError` if the folder is another thing than a run, holds results of another configuration (the first key that
         differs is named; `FREE_KEYS` may), is in use by another process, or cannot be written.
         """
-        self = cls(folder)
+        self, problem = cls(folder), None
+        if processes.first():
+            try:
+                self._open(config)
+            except SealError as error:
+                problem = str(error)
+        if problem := processes.share(problem):  # on all processes, or the others would wait for the first
+            raise SealError(problem)
+        self._shared = True
+        return self
+
+    def _open(self, config: config_lib.RunConfig) -> None:
         _is_run(self.folder)  # before the lock file is made: a folder that is no run stays as it is
         with files.faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +90,7 @@ class RunStore:
         try:
             existed = _is_run(self.folder)
             # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
-            free = FREE_KEYS if self.names() else ("*",)
+            free = FREE_KEYS if self._names() else ("*",)
             changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
             with files.faults(self.folder):
                 for left in self.folder.rglob(f".*{files.TEMPORARY}"):
@@ -100,7 +115,6 @@ class RunStore:
         except BaseException:
             self.close()
             raise
-        return self
 
     def _acquire(self) -> bool:
         """Locks the folder; the kernel unlocks it when the process ends, however it ends. False: the file system knows no locks."""
@@ -133,6 +147,8 @@ class RunStore:
 
     def log(self, event: str, /, **fields: Any) -> None:
         """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""
+        if self._shared and not processes.first():
+            return
         assert self._events is not None, "writing needs a store from create_or_open()"
         self._events.append(event, **fields)
 
@@ -144,7 +160,7 @@ class RunStore:
         written; what `compute` raises passes through.
         """
         path = self._path(name)
-        found = self._find(path)
+        found = self._ask(lambda: self._find(path))
         if found is not None:
             self.log("unit_reused", unit=name)
             return found
@@ -154,7 +170,8 @@ class RunStore:
             raise TypeError(f"unit {name}: expected a dict, computed {type(result).__name__}")
         seconds = time.monotonic() - start
         data = files.dump(result)
-        files.write_atomic(path, data)
+        if not self._shared or processes.first():
+            files.write_atomic(path, data)
         self.log("unit_done", unit=name, seconds=round(seconds, 3), bytes=len(data))
         return json.loads(data)
 
@@ -170,15 +187,24 @@ class RunStore:
             self.log("unit_damaged", unit=self._name(path), moved_to=aside.name, problem=str(error))
             return None
 
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The answer (JSON data) of the process that has the folder."""
+        if not self._shared:
+            return question()
+        return processes.share(question() if processes.first() else None)
+
     def read(self, name: str) -> dict[str, Any]:
         """The result of the unit `name`. Raises `SealError` if there is none, or it is damaged."""
-        return read_unit(self._path(name))
+        return self._ask(lambda: read_unit(self._path(name)))
 
     def has(self, name: str) -> bool:
-        return self._path(name).is_file()
+        return self._ask(lambda: self._path(name).is_file())
 
     def names(self, prefix: str = "") -> list[str]:
         """The units there are under `prefix` ("rounds/1/e_step/"), numbers in names in order of size."""
+        return self._ask(lambda: self._names(prefix))
+
+    def _names(self, prefix: str = "") -> list[str]:
         root = self.folder / prefix.rpartition("/")[0]
         found = (self._name(path) for path in root.rglob("*.json") if path.name != VERSIONS and not path.name.startswith("."))
         units = [name for name in found if name.startswith(prefix) and not name.startswith("policy/")]  # policy/: orbax's own files

@@ -124,7 +124,7 @@ def test_an_error_of_orbax_is_told_in_one_line_and_cleaned_up(tmp_path, monkeypa
         (folder.parent / f"{folder.name}.orbax-checkpoint-tmp").mkdir(parents=True)
         raise ValueError("RESOURCE_EXHAUSTED: writing\nfailed [os_error_code='28']")
 
-    monkeypatch.setattr("orbax.checkpoint.PyTreeCheckpointer.save", save)
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", save)
     with pytest.raises(SealError, match=r"^[^\n]*policy/1: cannot write the checkpoint: no space left on device; [^\n]*$"):
         save_adapters(tmp_path / "policy" / "1", tree(), {})
     assert os.listdir(tmp_path / "policy") == []

@@ -1,0 +1,146 @@
+"""The device mesh, and which array lies where on it: all rules in one place.
+
+Three axes. `edit`: edits (slots, adapters, rows of answers) are dealt out over it, so that K grows with the devices; nothing crosses it
+while an edit is fitted. `fsdp` and `tensor` share what is too large for one device: every kernel is cut along both (the embeddings along
+one, over the vocabulary), and the compiler puts in the communication. Rows of a step are dealt out over `fsdp` as well.
+
+The engines run their programs under `jax.shard_map` over `edit` alone: inside, a device sees the edits of its own shard, and indices count
+within it. The other two axes stay the compiler's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seal_jax.config import MeshConfig
+from seal_jax.errors import SealError
+
+AXES = ("edit", "fsdp", "tensor")
+EDITS = P("edit")  # a leading axis dealt out over the shards
+
+# A kernel [N, in, out] by what its projection reads and writes; biases [N, out] follow the last axis.
+COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # the outputs (heads, features) are cut over `tensor`
+ROW = ("o_proj", "down_proj")  # the inputs are, and the partial products are added up
+
+
+def make(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that `config` asks for, over `devices` (default: all). Raises `SealError` if they cannot be laid out so."""
+    devices = list(jax.devices() if devices is None else devices)
+    rest = config.fsdp * config.tensor
+    if config.edit == -1 and len(devices) % rest:
+        raise SealError(f"mesh: fsdp={config.fsdp} x tensor={config.tensor} does not divide the {len(devices)} devices")
+    edit = len(devices) // rest if config.edit == -1 else config.edit
+    if edit * rest > len(devices):
+        raise SealError(
+            f"mesh: edit={edit} x fsdp={config.fsdp} x tensor={config.tensor} needs {edit * rest} devices, there are {len(devices)}"
+        )
+    if edit * rest < len(devices) and jax.process_count() > 1:
+        raise SealError(f"mesh: edit={edit} x fsdp={config.fsdp} x tensor={config.tensor} leaves devices out, and with them processes")
+    shape = (edit, config.fsdp, config.tensor)
+    return Mesh(np.asarray(devices[: edit * rest]).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def single() -> Mesh:
+    """The mesh of the first local device alone."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shards(mesh: Mesh) -> int:
+    """How many shards edits are dealt out to."""
+    return mesh.shape["edit"]
+
+
+# --- Where arrays lie ----------------------------------------------------------------------------------------------
+
+
+def parameter_spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
+    """How the parameter (or adapter leaf without its axis of edits) at `path` is cut. An axis that does not divide is not cut."""
+    name, owner = path[-1], path[-2] if len(path) > 1 else ""
+    if name == "embedding" or owner == "lm_head":
+        # Along one axis only: with both, XLA's partitioner aborts on the gather of an embedding (seen with jaxlib 0.10.2).
+        vocabulary = "tensor" if mesh.shape["tensor"] > 1 else "fsdp"
+        wanted = (vocabulary,) if name == "embedding" else (None, vocabulary)
+    elif owner in COLUMN:
+        wanted = {"kernel": (None, "fsdp", "tensor"), "bias": (None, "tensor"), "a": (), "b": (None, None, "tensor")}[name]
+    elif owner in ROW:
+        wanted = {"kernel": (None, "tensor", "fsdp"), "bias": (), "a": (None, "tensor"), "b": ()}[name]
+    else:
+        wanted = ()
+    return P(*(axis if axis and not size % mesh.shape[axis] else None for axis, size in zip(wanted, shape, strict=False)))
+
+
+def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:
+    """`(path, shape) -> sharding` for loading a model's parameters straight to where they belong."""
+    return lambda path, shape: NamedSharding(mesh, parameter_spec(path, shape, mesh))
+
+
+def adapter_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """The shardings of stacked adapters, for `shapes` of one adapter (without the leading axis of edits)."""
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, P("edit", *parameter_spec([k.key for k in path], leaf.shape, mesh)))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def edit_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays whose leading axis counts edits, slots or rows."""
+    return NamedSharding(mesh, EDITS)
+
+
+def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
+    """The sharding of stacked caches [E, N, B, G, ...] with `kv_heads` G."""
+    return NamedSharding(mesh, P("edit", None, None, None if kv_heads % mesh.shape["tensor"] else "tensor"))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """The sharding of small arrays that every device has whole."""
+    return NamedSharding(mesh, P())
+
+
+# --- Crossing the border -------------------------------------------------------------------------------------------
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Host arrays on the mesh. In a run of several processes each has the whole of them and places its own part."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of `tree` as numpy arrays, whole, on every process."""
+    local = [x.is_fully_addressable or x.is_fully_replicated for x in jax.tree.leaves(tree)]
+    return jax.device_get(tree) if all(local) else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def over_edits(function: Callable[..., Any], mesh: Mesh, arguments: Sequence[bool]) -> Callable[..., Any]:
+    """`function` run once a shard. `arguments[i]`: whether argument i is dealt out over `edit`, or the same everywhere.
+
+    Results are dealt out. Within it, arrays hold the shard's part.
+    """
+    specs = tuple(EDITS if dealt else P() for dealt in arguments)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=EDITS, axis_names={"edit"}, check_vma=False)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """Inside a program: small results, brought to every device, so that every process can read them."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def deal_rows(tree: Any, mesh: Mesh) -> Any:
+    """Inside `over_edits`: the leading axis of the leaves, rows of a step, dealt out over `fsdp` where it divides."""
+    size = mesh.shape["fsdp"]
+    if size == 1:
+        return tree
+    here = NamedSharding(jax.sharding.get_abstract_mesh(), P("fsdp"))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, here) if x.ndim and not x.shape[0] % size else x, tree)

@@ -1,0 +1,81 @@
+"""Runs of several processes: started once on each host, the same program everywhere, one mesh over all their devices.
+
+Every process plans the same steps from the same data. What only one may do (write files, ask a grader, print) the first process does,
+and tells the others what came of it by `share`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from seal_jax.errors import SealError
+
+# JAX is imported where it is used: the run folder, which imports this module, must not wait for it.
+
+ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+
+
+def start() -> None:
+    """Joins the processes of this run, if the environment says that there are several. To be called before JAX is used.
+
+    Either JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a cluster that JAX
+    knows by itself: Slurm with several tasks, or the hosts of a TPU slice. Raises `SealError` if they cannot be joined.
+    """
+    given = [name for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)]
+    arguments: dict[str, Any] = {}
+    if given:
+        if missing := [name for name in (ADDRESS, COUNT, NUMBER) if name not in given]:
+            raise SealError(f"{given[0]} is set, {missing[0]} is not; a run of several processes needs {ADDRESS}, {COUNT} and {NUMBER}")
+        try:
+            arguments = {"num_processes": int(os.environ[COUNT]), "process_id": int(os.environ[NUMBER])}
+        except ValueError:
+            raise SealError(f"{COUNT}={os.environ[COUNT]!r}, {NUMBER}={os.environ[NUMBER]!r}: expected whole numbers") from None
+        arguments["coordinator_address"] = os.environ[ADDRESS]
+    elif not (int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ) and _tpu_hosts() < 2:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(**arguments)
+    except (RuntimeError, ValueError) as error:
+        raise SealError(f"the processes of this run did not find each other: {' '.join(str(error).split())[:300]}") from None
+
+
+def _tpu_hosts() -> int:
+    return len([host for host in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host])
+
+
+def first() -> bool:
+    """Whether this process writes and prints."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def share(value: Any) -> Any:
+    """What the first process has as `value` (JSON data), on every process; all must call it. In a run of one process, `value` itself."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode() if first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int64(data.size)))
+    held = np.zeros(size, np.uint8)
+    held[: data.size] = data
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(held)).astype(np.uint8).tobytes())
+
+
+def share_arrays(tree: Any) -> Any:
+    """What the first process has as `tree` (numpy arrays, or anything of the same shapes elsewhere), on every process."""
+    import jax
+
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.device_get(multihost_utils.broadcast_one_to_all(tree))

@@ -1,0 +1,92 @@
+"""Run by test_mesh.py on eight fake devices: fits and answers on meshes of several shapes, and says how far they are from one device."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seal_jax.config import FitConfig, LoraConfig, MeshConfig, StopConfig
+from seal_jax.fit import engine as engine_lib
+from seal_jax.fit.engine import FitEngine, FitJob, Tokens
+from seal_jax.models import lora as lora_lib
+from seal_jax.models.decoder import Decoder
+from seal_jax.models.spec import DecoderSpec
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.sample.engine import Request, generate
+
+SPEC = DecoderSpec(
+    model_type="qwen2", vocab_size=512, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    norm_eps=1e-5, rope_theta=1e4, rope_scaling=None, tie_embeddings=False, qkv_bias=True, qk_norm=False, max_positions=256,
+    eos_ids=(2,), bos_id=None, pad_id=None,
+)  # fmt: skip
+LORA = LoraConfig(4, 8.0, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+
+
+def run(shape, host, jobs, prompts):
+    """Losses, adapters and answers on a mesh of `shape`, and where the arrays lay."""
+    mesh = mesh_lib.make(MeshConfig(*shape))
+    where = mesh_lib.parameter_sharding(mesh)
+    place = lambda path, x: jax.device_put(x, where([k.key for k in path], x.shape))  # noqa: E731
+    params = jax.tree_util.tree_map_with_path(place, host)
+    decoder = Decoder(SPEC)
+    fitted = FitEngine(decoder, LORA, slots=4, tokens_per_step=48, lengths=(12, 24), mesh=mesh).fit(params, jobs, seed=1)
+    lora = jax.jit(jax.vmap(lora_lib.scaled))(fitted.lora, mesh_lib.put(fitted.scale, mesh_lib.edit_sharding(mesh)))
+    options = {"stop": SPEC.eos_ids, "rows": 16, "mesh": mesh}
+    greedy = [Request(prompts[i % 3], 6, adapter=int(place)) for i, place in enumerate(fitted.places) for _ in range(1 + i % 2)]
+    drawn = [Request(p, 7, temperature=1.0, top_p=0.9, key=(i, j)) for i, p in enumerate(prompts) for j in range(5)]
+    return {
+        "losses": fitted.losses,
+        "adapters": [np.asarray(x)[fitted.places] for x in jax.tree.leaves(fitted.lora)],
+        "answers": [g.tokens for g in generate(decoder, params, greedy, lora=lora, **options)],
+        "samples": [g.tokens for g in generate(decoder, params, drawn, **options)],
+        "devices": len(jax.tree.leaves(fitted.lora)[0].sharding.device_set),
+        "part": max(s.data.size / x.size for x in jax.tree.leaves(params["layers"]["mlp"]) for s in x.addressable_shards),
+        "steps": fitted.waste.steps,
+    }
+
+
+def collectives():
+    """The kinds of communication in the fit step's program on eight devices along `edit`."""
+    mesh = mesh_lib.make(MeshConfig(8, 1, 1))
+    engine = FitEngine(Decoder(SPEC), LORA, slots=2, tokens_per_step=24, mesh=mesh)
+    params = jax.eval_shape(lambda: Decoder(SPEC).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
+    text = engine.lower(params, 24, 1, 2).compile().as_text()
+    found = {}
+    for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        lines = [line for line in text.splitlines() if f" {name}(" in line or f" {name}-start(" in line]
+        found[name] = [line.split("=", 1)[1].split(name)[0].strip() for line in lines]
+    return found
+
+
+def main():
+    draw = np.random.default_rng(0)
+    host = Decoder(SPEC).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    host = jax.tree.map(lambda x: np.asarray(x) * (12.0 if x.ndim > 2 else 1.0), host)  # large enough for answers that differ
+    jobs = []
+    for i in range(11):
+        sequences = tuple(Tokens(tuple(draw.integers(0, 512, draw.integers(5, 25)).tolist())) for _ in range(1 + i % 4))
+        config = FitConfig(lora=LORA, learning_rate=3e-3, epochs=3, stop=StopConfig(gain=0.05 if i == 4 else 0.0))
+        jobs.append(FitJob(("edit", i), sequences, config))
+    prompts = [tuple(draw.integers(3, 512, n).tolist()) for n in (5, 9, 17)]
+    one = run((1, 1, 1), host, jobs, prompts)
+    report = {"collectives": collectives(), "answers": len(set(one["answers"])), "samples": len(set(one["samples"])), "steps": one["steps"]}
+    report["lengths"] = [len(x) for x in one["losses"]]
+    for shape in json.loads(sys.argv[1]):
+        many = run(shape, host, jobs, prompts)
+        gaps = [np.abs(a - b) / np.abs(a).max() for a, b in zip(one["adapters"], many["adapters"], strict=True)]
+        report["x".join(map(str, shape))] = {
+            "losses": max(float(np.abs(a / b - 1).max()) for a, b in zip(one["losses"], many["losses"], strict=True)),
+            "adapters": max(float(np.quantile(gap, 0.9)) for gap in gaps),
+            "adapters_most": max(float(gap.max()) for gap in gaps),
+            "same_answers": one["answers"] == many["answers"],
+            "same_samples": one["samples"] == many["samples"],
+            **{key: many[key] for key in ("devices", "part", "steps")},
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    assert engine_lib and len(jax.devices()) == 8
+    main()
