@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.4.5",
         "huggingface_hub>=0.30",
         "gguf>=0.16,<1",
+        "outlines-core>=0.2.14,<0.3",
         # data
         "datasets>=3.2,<6",
         "tensorflow-datasets>=4.9.10,<5",

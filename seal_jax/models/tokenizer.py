@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,20 @@ CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type`
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
 
 
+# GPT-2's way of writing bytes as characters: those that print stand for themselves, the others, in order, for U+0100 and on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(b): b for b in _PRINTED} | {chr(0x100 + i): b for i, b in enumerate(sorted(set(range(0x100)).difference(_PRINTED)))}
+
+
+def _byte_level(token: str) -> bytes | None:
+    return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else None
+
+
+def _byte_fallback(token: str) -> bytes | None:
+    """Llama 2's and Gemma's way: "▁" is a space, and a byte that is in no other token has one of its own, "<0x0A>"."""
+    return bytes([int(token[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", token) else token.replace("▁", " ").encode()
+
+
 class Tokenizer:
     """A fast tokenizer of transformers, with what generation and training need beside it.
 
@@ -51,6 +68,26 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids run from 0 to this, added tokens included."""
         return len(self.backend)
+
+    @functools.cached_property
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """What each id, from 0 to `vocab_size`, adds to a text, in bytes, which need not be whole characters.
+
+        None for added tokens, special or not (they are markup, and other tokens can spell them), and for ids without a token.
+        Raises `SealError` for a tokenizer whose tokens do not stand for bytes (WordPiece, say).
+        """
+        backend = self.backend.backend_tokenizer
+        decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {"type": None}
+        kinds = {d["type"] for d in decoder.get("decoders", [decoder])}
+        if not kinds & {"ByteLevel", "ByteFallback"}:
+            raise SealError(f"{self.where}: the tokens do not stand for bytes, which constrained sampling needs; expected byte-level BPE")
+        read = _byte_level if "ByteLevel" in kinds else _byte_fallback
+        added = backend.get_added_tokens_decoder()
+        found: list[bytes | None] = [None] * self.vocab_size
+        for token, i in backend.get_vocab(with_added_tokens=False).items():
+            if i not in added and i < len(found):
+                found[i] = read(token) or None
+        return tuple(found)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, as `tokenizer(text)` of transformers gives them.

@@ -1,8 +1,9 @@
 """Prefill, insert, decode: device code. E adapters with R rows each, every row at its own position of its own sequence.
 
 A row's life: its prompt is prefilled (once, for all rows that share it), `insert` copies the prompt's cache into the row and draws the
-first token, `decode` draws the others, and when the row is done the host may give it to the next request. Shapes as in
-`seal_jax.models.decoder`.
+first token, `decode` draws the others, and when the row is done the host may give it to the next request. A row under a constraint
+carries the state of its automaton along. Shapes as in `seal_jax.models.decoder`. The adapters E are dealt out over the mesh's shards, and
+each shard decodes for itself: none waits for another's long answers.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from seal_jax.models.decoder import Cache, Decoder, empty_cache, logits
-from seal_jax.sample.logits import Sampling, pick
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.sample.logits import Guide, Sampling, pick
 
 
 class Rows(NamedTuple):
@@ -27,6 +30,7 @@ class Rows(NamedTuple):
     limit: jax.Array  # int32, tokens that may be drawn
     done: jax.Array  # bool
     out: jax.Array  # [E, R, O] int32, the drawn tokens, the stop token included
+    state: jax.Array  # int32, where in its constraint the row stands; 0: none
     sampling: Sampling  # [E, R, ...]
 
 
@@ -38,25 +42,59 @@ class Prefix(NamedTuple):
     length: jax.Array  # [E, P] int32
 
 
+class Starts(NamedTuple):
+    """Q requests to start for each adapter. Leaves [E, Q, ...]."""
+
+    row: jax.Array  # int32, the row that the request gets; R or more: there is no request. Those that are none come last
+    source: jax.Array  # int32, its prompt in the prefix
+    limit: jax.Array  # int32
+    state: jax.Array  # int32, the state that its constraint starts in; 0: none
+    sampling: Sampling
+
+
 def _variables(params: Any, lora: Any) -> dict[str, Any]:
     return {"params": params} if lora is None else {"params": params, "lora": lora}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def empty(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> Rows:
+def empty(decoder: Decoder, mesh: Mesh, adapters: int, rows: int, length: int, out: int) -> Rows:
     """Rows that are all done, with room for `length` positions and `out` drawn tokens each."""
+    return _empty(decoder, mesh, adapters, rows, length, out)()
+
+
+@functools.cache
+def _empty(decoder: Decoder, mesh: Mesh, *shape: int) -> Any:
+    make = functools.partial(_rows, decoder, *shape)
+    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), mesh))
+
+
+def _shardings(tree: Any, mesh: Mesh) -> Any:
+    """Where `Rows` or a `Prefix` lie."""
+    cache = mesh_lib.cache_sharding(mesh, tree.cache.k.shape[3])
+    return jax.tree.map(lambda _: mesh_lib.edit_sharding(mesh), tree)._replace(cache=Cache(cache, cache))
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Inside a program: the same, where they belong. Left to itself, the compiler may lay out a result otherwise than it came."""
+    return jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh))
+
+
+def _rows(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> Rows:
     shape = (adapters, rows)
     cache = jax.tree.map(lambda x: jnp.zeros((adapters, *x.shape), x.dtype), empty_cache(decoder.spec, rows, length, decoder.dtype))
     zero = jnp.zeros(shape, jnp.int32)
     floats = jnp.zeros(shape, jnp.float32)
     sampling = Sampling(jnp.zeros((*shape, 2), jnp.uint32), floats, floats + 1.0, zero)
-    return Rows(cache, zero, zero, zero, zero, zero == 0, jnp.zeros((*shape, out), jnp.int32), sampling)
+    return Rows(cache, zero, zero, zero, zero, zero == 0, jnp.zeros((*shape, out), jnp.int32), zero, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
     """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` [E, ...] or None)."""
+    shard = functools.partial(_prefill, decoder)
+    return _placed(mesh_lib.over_edits(shard, mesh, (False, True, True, True))(params, lora, tokens, length), mesh)
 
+
+def _prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
     def one(lora: Any, tokens: jax.Array, length: jax.Array) -> tuple[Cache, jax.Array]:
         cache = empty_cache(decoder.spec, tokens.shape[0], tokens.shape[1], decoder.dtype)
         hidden, cache = decoder.apply(_variables(params, lora), tokens, None, cache)
@@ -67,49 +105,85 @@ def prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length:
     return Prefix(cache, last, length)
 
 
-@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
-def insert(
-    stop: tuple[int, ...], rows: Rows, prefix: Prefix, row: jax.Array, source: jax.Array, limit: jax.Array, sampling: Sampling
-) -> Rows:
-    """Starts requests: for each adapter, prompt `source` [E, Q] of the prefix goes to row `row` [E, Q] (an index >= R is dropped).
+@functools.partial(jax.jit, static_argnums=(0,))
+def only(mesh: Mesh, prefix: Prefix, index: jax.Array) -> Prefix:
+    """A prefix of one prompt for each adapter: the one at `index` [E] int32."""
 
-    `limit` and `sampling` are [E, Q, ...]. The first token of each is drawn here. `stop` ids end a sequence.
-    """
+    def one(prefix: Prefix, i: jax.Array) -> Prefix:
+        cache = jax.tree.map(lambda x: x[:, i][:, None], prefix.cache)
+        return Prefix(cache, prefix.logits[i][None], prefix.length[i][None])
 
-    def one(rows: Rows, prefix: Prefix, row: jax.Array, source: jax.Array, limit: jax.Array, sampling: Sampling) -> Rows:
-        token = pick(prefix.logits[source], sampling, jnp.zeros_like(source))
-        width = prefix.cache.v.shape[-2]
+    return _placed(mesh_lib.over_edits(jax.vmap(one), mesh, (True, True))(prefix, index), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def take(mesh: Mesh, lora: Any, index: jax.Array) -> Any:
+    """The adapters at `index` [E] int32 of the stacked `lora`, counted within their shard."""
+    return mesh_lib.over_edits(lambda lora, index: jax.tree.map(lambda x: x[index], lora), mesh, (True, True))(lora, index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
+def insert(stop: tuple[int, ...], mesh: Mesh, rows: Rows, prefix: Prefix, starts: Starts, guide: Guide | None = None) -> Rows:
+    """Starts requests: each gets its prompt's cache, and its first token is drawn. `stop` ids end a sequence."""
+    shard = functools.partial(_insert, stop)
+    return _placed(mesh_lib.over_edits(shard, mesh, (True, True, True, False))(rows, prefix, starts, guide), mesh)
+
+
+def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, guide: Guide | None) -> Rows:
+    def copy(i: jax.Array, cache: Cache) -> Cache:
+        """The caches of the i-th request of every adapter: one at a time, so that no second copy of them all is made."""
+
+        def one(cache: Cache, prompts: Cache, row: jax.Array, source: jax.Array) -> Cache:
+            width = prompts.v.shape[-2]
+            return Cache(
+                cache.k.at[:, row, :, :, :width].set(prompts.k[:, source], mode="drop"),
+                cache.v.at[:, row, :, :width].set(prompts.v[:, source], mode="drop"),
+            )
+
+        return jax.vmap(one)(cache, prefix.cache, starts.row[:, i], starts.source[:, i])
+
+    most = jnp.max(jnp.sum(starts.row < rows.last.shape[1], axis=1))
+
+    def one(rows: Rows, prefix: Prefix, starts: Starts) -> Rows:
+        token = pick(_masked(prefix.logits[starts.source], guide, starts.state), starts.sampling, jnp.zeros_like(starts.source))
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[row].set(new, mode="drop")
+            return old.at[starts.row].set(new, mode="drop")
 
-        cache = Cache(
-            rows.cache.k.at[:, row, :, :, :width].set(prefix.cache.k[:, source], mode="drop"),
-            rows.cache.v.at[:, row, :, :width].set(prefix.cache.v[:, source], mode="drop"),
-        )
-        out = rows.out.at[row].set(0, mode="drop").at[row, 0].set(token, mode="drop")
         return Rows(
-            cache=cache,
+            cache=rows.cache,
             last=put(rows.last, token),
-            position=put(rows.position, prefix.length[source]),
+            position=put(rows.position, prefix.length[starts.source]),
             drawn=put(rows.drawn, jnp.ones_like(token)),
-            limit=put(rows.limit, limit),
-            done=put(rows.done, _is_stop(token, stop) | (limit <= 1)),
-            out=out,
-            sampling=jax.tree.map(put, rows.sampling, sampling),
+            limit=put(rows.limit, starts.limit),
+            done=put(rows.done, _is_stop(token, stop) | (starts.limit <= 1)),
+            out=put(rows.out, jnp.zeros((1, rows.out.shape[-1]), jnp.int32)).at[starts.row, 0].set(token, mode="drop"),
+            state=put(rows.state, starts.state if guide is None else guide.advance(starts.state, token)),
+            sampling=jax.tree.map(put, rows.sampling, starts.sampling),
         )
 
-    return jax.vmap(one)(rows, prefix, row, source, limit, sampling)
+    cache = jax.lax.fori_loop(0, most, copy, rows.cache)
+    return jax.vmap(one)(rows._replace(cache=()), prefix._replace(cache=()), starts)._replace(cache=cache)
+
+
+def _masked(logits: jax.Array, guide: Guide | None, state: jax.Array) -> jax.Array:
+    return logits if guide is None else guide.mask(logits, state)
 
 
 def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
     return functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(token, bool))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows: Rows, steps: jax.Array) -> Rows:
-    """At most `steps` (int32 scalar) further tokens for every row that is not done; ends early when all are."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+def decode(
+    decoder: Decoder, stop: tuple[int, ...], mesh: Mesh, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None = None
+) -> Rows:
+    """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are."""
+    shard = functools.partial(_decode, decoder, stop)
+    return _placed(mesh_lib.over_edits(shard, mesh, (False, True, True, False, False))(params, lora, rows, steps, guide), mesh)
 
+
+def _decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None) -> Rows:
     def one(rows: Rows) -> Rows:
         def hidden_of(lora: Any, last: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             hidden, cache = decoder.apply(_variables(params, lora), last[:, None], position[:, None], cache)
@@ -117,7 +191,8 @@ def decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows
 
         hidden, cache = jax.vmap(hidden_of)(lora, rows.last, rows.position, rows.cache)
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        token = pick(flat(logits(params, hidden)), jax.tree.map(flat, rows.sampling), flat(rows.drawn)).reshape(rows.last.shape)
+        scores = _masked(flat(logits(params, hidden)), guide, flat(rows.state))
+        token = pick(scores, jax.tree.map(flat, rows.sampling), flat(rows.drawn)).reshape(rows.last.shape)
         # A row that is done stays as it is, but for a cache entry that no one reads.
         token = jnp.where(rows.done, rows.last, token)
         e, r = jnp.indices(rows.last.shape)
@@ -129,6 +204,7 @@ def decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows
             position=rows.position + live,
             drawn=rows.drawn + live,
             done=rows.done | _is_stop(token, stop) | (rows.drawn + live >= rows.limit),
+            state=rows.state if guide is None else jnp.where(rows.done, rows.state, guide.advance(rows.state, token)),
             out=rows.out.at[e, r, place].set(token, mode="drop"),
         )
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Sampling(NamedTuple):
@@ -19,6 +20,38 @@ class Sampling(NamedTuple):
     temperature: jax.Array  # float32; 0: greedy
     top_p: jax.Array  # float32 in (0, 1]
     top_k: jax.Array  # int32; 0: all
+
+
+class Guide(NamedTuple):
+    """What constrained rows may draw: an automaton over tokens (`seal_jax.sample.constraint`), shared by all rows.
+
+    A row is in some state; state 0 allows everything and stays. Bit t // W of word t % W says whether token t is allowed: thus unpacking
+    moves no data between lanes, and a row of the mask is one contiguous read.
+    """
+
+    allowed: jax.Array  # [S, W] uint32
+    following: jax.Array  # [S, C] int32: the state after a token of class c, if that is allowed
+    class_of: jax.Array  # [V] int32
+
+    @staticmethod
+    def pack(allowed: np.ndarray) -> np.ndarray:
+        """[S, V] bool as the bits of `allowed`; W is a multiple of 128, an accelerator's lanes."""
+        states, size = allowed.shape
+        width = -(-size // (32 * 128)) * 128
+        words = np.zeros((states, width), np.uint32)
+        for bit, begin in enumerate(range(0, size, width)):
+            part = allowed[:, begin : begin + width]
+            words[:, : part.shape[1]] |= part.astype(np.uint32) << np.uint32(bit)
+        return words
+
+    def mask(self, logits: jax.Array, state: jax.Array) -> jax.Array:
+        """`logits` [R, V] with those of tokens that `state` [R] does not allow at -inf."""
+        bits = self.allowed[state][:, None, :] >> jnp.arange(32, dtype=jnp.uint32)[:, None] & 1
+        return jnp.where(bits.reshape(len(state), -1)[:, : logits.shape[-1]] == 1, logits, -jnp.inf)
+
+    def advance(self, state: jax.Array, token: jax.Array) -> jax.Array:
+        """The state of each row, of any shape, after it has drawn `token`, which it was allowed to."""
+        return self.following[state, self.class_of[token]]
 
 
 def _largest_threshold(weights: jax.Array, values: jax.Array, enough: jax.Array) -> jax.Array:

@@ -55,6 +55,39 @@ def test_special_tokens_of_gguf_metadata(tokenizer_of_gguf):
     assert tokenizer_of_gguf.decode([2, *tokenizer_of_gguf.encode("Yes."), 3]) == "Yes."
 
 
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer_of_gguf, text):
+    assume(not any(token in text for token in ("<s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")))
+    spelt = tokenizer_of_gguf.token_bytes
+    assert b"".join(spelt[i] for i in tokenizer_of_gguf.encode(text)) == text.encode()
+
+
+def test_added_tokens_have_no_bytes(tokenizer, tokenizer_of_gguf):
+    for some in (tokenizer, tokenizer_of_gguf):
+        assert [i for i, b in enumerate(some.token_bytes) if b is None] == [0, 1, 2, 3] and len(some.token_bytes) == some.vocab_size
+        assert {bytes([b]) for b in range(256)} <= set(some.token_bytes)
+    more = Tokenizer(tokenizer.backend.__class__(tokenizer_object=tokenizer.backend.backend_tokenizer, eos_token="<|im_end|>"))
+    more.backend.add_tokens(["<tool>"])
+    assert more.token_bytes[-1] is None and len(more.token_bytes) == more.vocab_size == tokenizer.vocab_size + 1
+
+
+def test_bytes_of_tokens_with_byte_fallback():
+    """As Llama 2 and Gemma have it."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["</s>", "<0x0A>", "<0xC3>", "<0xA9>", "▁", "▁a", "é", "<0x"]
+    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    some = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    assert some.token_bytes == (None, b"\n", b"\xc3", b"\xa9", b" ", b" a", "é".encode(), b"<0x")
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(SealError, match="do not stand for bytes"):
+        _ = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")).token_bytes
+
+
 @pytest.mark.parametrize(
     ("pre", "text", "words"),
     [

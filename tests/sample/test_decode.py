@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 
 from seal_jax.models.decoder import Decoder
+from seal_jax.parallel import mesh
 from seal_jax.sample import decode
 from seal_jax.sample.logits import Sampling
 
 ROWS, LENGTH, OUT, STOP = 4, 64, 16, tuple(range(0, 352, 25))  # as in test_engine.py, which then shares the compiled programs
+MESH = mesh.single()
 
 
 def greedy(shape):
@@ -18,7 +20,7 @@ def start(world, rows, row, source, limit=OUT):
     prefix, idle = world[2], ROWS - len(row)
     row, source = np.asarray([[*row, *[ROWS] * idle]], np.int32), np.asarray([[*source, *[0] * idle]], np.int32)
     limits = np.asarray([[*np.broadcast_to(limit, ROWS - idle), *[1] * idle]], np.int32)
-    return decode.insert(STOP, rows, prefix, row, source, limits, greedy((1, ROWS)))
+    return decode.insert(STOP, MESH, rows, prefix, decode.Starts(row, source, limits, np.zeros((1, ROWS), np.int32), greedy((1, ROWS))))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def world(tiny):
     model = tiny("qwen2")
     decoder = Decoder(model.spec)
     tokens = np.random.default_rng(0).integers(0, model.spec.vocab_size, (1, 2, 16)).astype(np.int32)
-    return decoder, model.params, decode.prefill(decoder, model.params, None, tokens, np.asarray([[16, 7]], np.int32))
+    return decoder, model.params, decode.prefill(decoder, MESH, model.params, None, tokens, np.asarray([[16, 7]], np.int32))
 
 
 def copy(rows):
@@ -43,11 +45,11 @@ def row_of(rows, r):
 
 def run(world, rows, steps):
     decoder, params, _ = world
-    return decode.decode(decoder, STOP, params, None, rows, np.int32(steps))
+    return decode.decode(decoder, STOP, MESH, params, None, rows, np.int32(steps))
 
 
 def test_a_start_touches_its_own_row_alone(world):
-    rows = decode.empty(world[0], 1, ROWS, LENGTH, OUT)
+    rows = decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT)
     assert np.asarray(rows.done).all()
     rows = run(world, start(world, rows, [0, 2], [0, 1]), 3)
     before = copy(rows)
@@ -59,7 +61,7 @@ def test_a_start_touches_its_own_row_alone(world):
 
 
 def test_a_row_that_is_done_stays_as_it_is(world):
-    rows = start(world, decode.empty(world[0], 1, ROWS, LENGTH, OUT), [0, 1], [0, 1], [3, OUT])
+    rows = start(world, decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT), [0, 1], [0, 1], [3, OUT])
     rows = run(world, rows, 2)
     assert rows.done.tolist() == [[True, False, True, True]] and rows.drawn.tolist() == [[3, 3, 0, 0]]
     before = copy(rows)
@@ -71,9 +73,9 @@ def test_a_row_that_is_done_stays_as_it_is(world):
 
 def test_decoding_in_portions_is_decoding_at_once(world):
     """And a row that had another sequence before is as good as a new one."""
-    fresh = decode.empty(world[0], 1, ROWS, LENGTH, OUT)
+    fresh = decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT)
     whole = copy(run(world, start(world, fresh, [0, 1], [0, 1]), 7))
-    used = run(world, start(world, decode.empty(world[0], 1, ROWS, LENGTH, OUT), [1, 0], [0, 0]), 15)
+    used = run(world, start(world, decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT), [1, 0], [0, 0]), 15)
     rows = start(world, used, [0, 1], [0, 1])
     for steps in (1, 4, 0, 2):
         rows = run(world, rows, steps)
@@ -85,6 +87,6 @@ def test_decoding_in_portions_is_decoding_at_once(world):
 
 def test_decoding_ends_when_all_are_done(world):
     """However many steps it may take: the position shows how many it took."""
-    rows = start(world, decode.empty(world[0], 1, ROWS, LENGTH, OUT), [0, 1], [0, 1], [2, 5])
+    rows = start(world, decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT), [0, 1], [0, 1], [2, 5])
     rows = run(world, rows, 1_000_000_000)
     assert np.asarray(rows.done).all() and rows.drawn.tolist() == [[2, 5, 0, 0]] and rows.position.tolist() == [[17, 11, 0, 0]]

@@ -70,19 +70,31 @@ def test_a_request_does_not_depend_on_its_company(world):
     assert generate(decoder, model.params, requests[3:7], stop=STOP, rows=ROWS) == alone[3:7]
 
 
-def test_requests_of_one_prompt_are_prefilled_once(world, monkeypatch):
+@pytest.fixture
+def prefilled(monkeypatch):
+    """A list of all (adapter within its group, prompt) that `decode.prefill` is called with from now on, and their shapes."""
+    seen, prefill = [], decode.prefill
+
+    def counted(decoder, mesh, params, adapters, tokens, length):
+        places = np.argwhere(np.asarray(length))
+        seen.extend((tokens.shape, int(e), tuple(np.asarray(tokens)[e, p, : length[e, p]].tolist())) for e, p in places)
+        return prefill(decoder, mesh, params, adapters, tokens, length)
+
+    monkeypatch.setattr(decode, "prefill", counted)
+    return seen
+
+
+def test_requests_of_one_prompt_are_prefilled_once(world, prefilled):
+    """Also those that wait for a row, while others of their prompt go on or are over."""
     model, decoder, requests, alone = world
     shared = [i for i, r in enumerate(requests) if r.prompt == requests[0].prompt]
     assert len(shared) == ROWS + 1
-    shapes, prefill = [], decode.prefill
-
-    def counted(decoder, params, adapters, tokens, length):
-        shapes.append((tokens.shape, length.tolist()))
-        return prefill(decoder, params, adapters, tokens, length)
-
-    monkeypatch.setattr(decode, "prefill", counted)
     assert generate(decoder, model.params, [requests[i] for i in shared], stop=STOP, rows=ROWS) == [alone[i] for i in shared]
-    assert shapes == [((1, 1, 16), [[16]])] * 2  # for the four that have rows at once, and again for the one that waited
+    assert prefilled == [((1, 1, 16), 0, requests[0].prompt)]
+    for rows in (ROWS, 2, 1):
+        prefilled.clear()
+        assert generate(decoder, model.params, requests * 3, stop=STOP, rows=rows) == alone * 3
+        assert sorted(p for _, _, p in prefilled) == sorted({r.prompt for r in requests})
 
 
 def test_other_keys_give_other_samples(world):
@@ -142,6 +154,20 @@ def test_stacked_adapters_equal_merged_models(world, adapters):
     assert got == [expected[i] for i in order]
 
 
+def test_a_prompt_is_prefilled_once_for_each_adapter(world, adapters, prefilled):
+    """With rows for all adapters at once, whose requests start and end at different times."""
+    model, decoder, requests, _ = world
+    stacked, _ = adapters
+    asked = [dataclasses.replace(r, adapter=i % 3) for i, r in enumerate(requests * 3)]
+    expected = [generate(decoder, model.params, [r], stop=STOP, rows=1, lora=stacked)[0] for r in asked]
+    prefilled.clear()
+    assert generate(decoder, model.params, asked, stop=STOP, rows=36, lora=stacked) == expected
+    assert len(prefilled) == len({(r.adapter, r.prompt) for r in asked})
+    prefilled.clear()
+    assert generate(decoder, model.params, asked * 2, stop=STOP, rows=27, lora=stacked) == expected * 2
+    assert len(prefilled) == len({(r.adapter, r.prompt) for r in asked})
+
+
 def test_an_adapter_of_zeros_is_the_bare_model(world, adapters):
     model, decoder, requests, alone = world
     nothing = jax.tree.map(jnp.zeros_like, adapters[0])
@@ -155,7 +181,7 @@ def test_an_adapter_of_zeros_is_the_bare_model(world, adapters):
 def test_new_values_do_not_compile_again(world):
     model, decoder, requests, _ = world
     generate(decoder, model.params, requests, stop=STOP, rows=ROWS)
-    programs = (decode.prefill, decode.insert, decode.decode, decode.empty)
+    programs = (decode.prefill, decode.insert, decode.decode)
     before = [f._cache_size() for f in programs]
     changed = [dataclasses.replace(r, temperature=0.3 + i / 9, top_p=0.5 + i / 30, top_k=3 * i, key=(i, 9)) for i, r in enumerate(requests)]
     generate(decoder, jax.tree.map(lambda x: x * 0.9, model.params), changed, stop=STOP, rows=ROWS)
