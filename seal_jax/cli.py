@@ -94,6 +94,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("output", metavar="FOLDER")
     made.add_argument("--format", choices=("hf", "peft"), default="hf", help="hf: a merged model; peft: its adapter")
     made.add_argument("--round", type=int, help="the policy after this round (default: the last finished one)")
+    made = command("plan", plan, "what a config takes on devices that are not there: memory, time and edits an hour, from the compiler")
+    made.add_argument("config", help="a YAML config")
+    made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config keys to set, say mesh.fsdp=4")
+    made.add_argument("--topology", metavar="NAME", help="the TPUs to compile for, say v5p:2x2x4, v5e:2x4, v6e:2x2 or tpu7x:2x2x1")
+    made.add_argument("--devices", choices=("tpu", "cpu"), default="tpu", help="cpu: for the CPUs that are here instead")
+    made.add_argument("--spec", help="the model's shape, where model.name is out of reach: qwen2.5-7b, say, a config.json or a hub id")
+    made.add_argument("--json", action="store_true", help="print one JSON object")
     made = command("report", report, "write the report of a run, finished or not")
     made.add_argument("run_folder", metavar="RUN")
     return top
@@ -118,9 +125,12 @@ def _config(arguments: argparse.Namespace) -> tuple[RunConfig, pathlib.Path | No
 
 
 def _finish(run_dir: str, table: dict[str, object]) -> None:
+    from seal_jax.parallel import processes
     from seal_jax.runs.report import write_report
     from seal_jax.runs.table import format_table
 
+    if not processes.first():
+        return
     page = write_report(run_dir)
     print(f"\n{format_table(table)}\n\nrun folder: {run_dir}\nreport:     {page}")
 
@@ -129,7 +139,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings, run, chosen = _config(arguments)
     if run is not None and chosen:
         raise SealError(f"run_dir={settings.run_dir}: the run in {run} goes on where it is; leave run_dir out, or give a config")
-    _say(f"seal-jax train: {settings.name}, run folder {settings.run_dir}")
+    _start(f"seal-jax train: {settings.name}, run folder {settings.run_dir}")
     from seal_jax.rest_em import loop
 
     _finish(settings.run_dir, loop.train(settings))
@@ -148,7 +158,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             trained = run
             if not chosen:
                 settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-evaluate")
-    _say(f"seal-jax evaluate: {settings.name}, run folder {settings.run_dir}")
+    _start(f"seal-jax evaluate: {settings.name}, run folder {settings.run_dir}")
     from seal_jax.rest_em import loop
 
     _finish(settings.run_dir, loop.evaluate_only(settings, trained))
@@ -156,11 +166,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     settings, run, _ = _config(arguments)
-    _say(f"seal-jax generate: {settings.name}, {arguments.limit} contexts of {arguments.split}")
+    _start(f"seal-jax generate: {settings.name}, {arguments.limit} contexts of {arguments.split}")
+    from seal_jax.parallel import processes
     from seal_jax.rest_em import loop
 
     for record in loop.generate(settings, arguments.split, arguments.limit, run):
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        if processes.first():
+            print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def grade(arguments: argparse.Namespace) -> None:
@@ -178,10 +190,32 @@ def export(arguments: argparse.Namespace) -> None:
     print(exporting.export(arguments.run_folder, arguments.output, arguments.format, arguments.round))
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    settings = config.load(arguments.config, arguments.overrides)
+    if (arguments.topology is None) == (arguments.devices == "tpu"):
+        raise SealError("plan wants either --topology NAME, say v5p:2x2x4, or --devices cpu; see seal-jax plan --help")
+    from seal_jax.models import shapes
+    from seal_jax.parallel import plan_table, topology
+
+    model = arguments.spec or settings.model.name
+    target = topology.here() if arguments.topology is None else topology.tpu(arguments.topology)
+    made = plan_table.record(topology.make(settings, shapes.find(model), target, _say), settings, model)
+    print(json.dumps(made) if arguments.json else plan_table.table(made))
+
+
 def report(arguments: argparse.Namespace) -> None:
     from seal_jax.runs.report import write_report
 
     print(write_report(arguments.run_folder))
+
+
+def _start(text: str) -> None:
+    """Says what the command does, as soon as it is known, and joins the other processes of the run, if it has any."""
+    if os.environ.get("JAX_PROCESS_ID", "0") == "0":
+        _say(text)
+    from seal_jax.parallel import processes
+
+    processes.start()
 
 
 def _say(text: str) -> None:

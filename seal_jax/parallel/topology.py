@@ -1,0 +1,343 @@
+"""`seal-jax plan`: what a config would take on devices that are not there. The real programs, compiled for them; nothing allocated.
+
+The fit step, the prefill of questions, the decoding of answers and the M-step are compiled for every device of a topology, with abstract
+arrays laid out as a run would lay them out. The compiler says what each takes and computes; the time is a roofline: the longer of computing
+at the chip's peak and of reading once what must be read. A real run is slower, by a factor that only a measurement tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from seal_jax.config import RunConfig
+from seal_jax.errors import SealError
+from seal_jax.fit import memory, plan
+from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine
+from seal_jax.models.decoder import Decoder
+from seal_jax.models.load import activation_dtype, resolve_dtype
+from seal_jax.models.spec import DecoderSpec
+from seal_jax.models.tree import leaves, nest
+from seal_jax.parallel import cost
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.sample import decode
+from seal_jax.sample.engine import ROOM
+
+GIB = float(2**30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published figures of one chip: dense bf16 FLOP/s, bytes/s and bytes of its HBM."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+
+
+# By the kind that JAX gives its devices. Sources: Google Cloud's pages on each TPU, tables of key specifications.
+CHIPS = {
+    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB),  # cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps
+    "TPU v5": Chip("v5p", 459e12, 2765e9, 95 * GIB),  # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps
+    "TPU v6 lite": Chip("v6e", 918e12, 1638e9, 32 * GIB),  # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps
+    "TPU7x": Chip("tpu7x", 2307e12, 7380e9, 192 * GIB),  # cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GBps
+}
+# libtpu's environment where there is no TPU: what it would otherwise ask a metadata server for, or complain that it did not get.
+COMPILER = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for the chips, of which none is used: several plans may be made at once
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices to plan for. A device is a chip, or one of the `per_chip` parts that JAX sees of it; the figures are one device's."""
+
+    name: str
+    devices: tuple[Any, ...]
+    per_chip: int
+    memory: float  # bytes
+    limit: float  # bytes of them that programs may take
+    flops: float | None  # bf16 FLOP/s; None: unknown
+    bandwidth: float | None  # bytes/s
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What an edit is taken to be: the means of the original's knowledge experiment (one round, in tokens of a 49k vocabulary)."""
+
+    sequences: float = 8.3  # an edit
+    tokens: float = 365.0  # an edit's epoch
+    questions: float = 4.9  # an edit
+    question: int = 34  # tokens of a question with its instruction
+    pair: int = 380  # tokens of a prompt and the self-edit written to it, for the M-step
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program to compile. Bytes are a device's."""
+
+    name: str
+    shape: str  # in words
+    trace: Callable[[], Any]
+    kinds: dict[str, float]  # bytes that lie there while it runs, by kind: its arguments, and what else is held
+    arguments: float  # bytes of `kinds` that are its arguments
+    made: float  # bytes of `kinds` that are its results
+    least: float  # bytes that a call cannot but move
+    calls: float  # an edit, with all shards at work; 0: not part of an edit
+    trips: int = 1  # of its loops of unknown length
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A case, compiled. `bytes` by kind, on one device; `work` of one call on one device, None where the compiler refused it."""
+
+    case: Case
+    bytes: dict[str, float]
+    work: cost.Work | None
+
+    @property
+    def total(self) -> float:
+        return sum(self.bytes.values())
+
+    def seconds(self, target: Target) -> float | None:
+        """The roofline time of a call."""
+        if self.work is None or not target.flops or not target.bandwidth:
+            return None
+        return max(self.work.flops / target.flops, self.case.least / target.bandwidth)
+
+
+# --- Devices ---------------------------------------------------------------------------------------------------------
+
+
+def tpu(name: str) -> Target:
+    """The TPU topology `name`, say "v5p:2x2x4". Raises `SealError` if there is none, or no compiler for it."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise SealError('compiling for TPUs needs the package libtpu: pip install "seal_jax[tpu]"; or --devices cpu')
+    for key, value in COMPILER.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        devices = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # jaxlib's, of several kinds
+        raise SealError(f"--topology {name}: {' '.join(str(error).split())[:200]}; known are, say, v5e:2x4, v5p:2x2x1, v6e:2x2") from None
+    chip = CHIPS.get(devices[0].device_kind)
+    if chip is None:
+        known = ", ".join(c.name for c in CHIPS.values())
+        raise SealError(f"--topology {name}: nothing is known of {devices[0].device_kind}; known: {known}")
+    parts = len(devices) // len({tuple(d.coords) for d in devices})
+    share = chip.memory / parts
+    return Target(name, devices, parts, share, memory.SHARE * share, chip.flops / parts, chip.bandwidth / parts)
+
+
+def here() -> Target:
+    """The devices of this process, of whose speed nothing is known."""
+    devices = tuple(jax.devices())
+    limit = memory.device_limit(mesh_lib.single())
+    return Target(devices[0].device_kind, devices, 1, limit, limit, None, None)
+
+
+# --- Programs --------------------------------------------------------------------------------------------------------
+
+
+class Programs:
+    """The programs of a run of `config` with a model of `spec`, on `mesh`; what they hold, and how often an edit needs them."""
+
+    def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload):
+        self.config, self.spec, self.mesh, self.workload = config, spec, mesh, workload
+        self.shards = mesh_lib.shards(mesh)
+        elsewhere = mesh.devices.flat[0].platform == "tpu"
+        weights = jnp.dtype("bfloat16") if elsewhere and config.model.dtype == "auto" else resolve_dtype(config.model.dtype)
+        self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), config.model.remat)
+        where = mesh_lib.parameter_sharding(mesh)
+        shapes = {leaf.path: leaf.shape for leaf in leaves(spec)}
+        self.params = nest({p: jax.ShapeDtypeStruct(shape, weights, sharding=where(p, shape)) for p, shape in shapes.items()})
+        self.weights = cost.shard_bytes(self.params)
+        f = config.fit
+        self.fit_engine = FitEngine(
+            self.decoder, f.lora, slots=1, tokens_per_step=f.tokens_per_step, batch_size=f.batch_size, lengths=f.lengths, mesh=mesh
+        )
+        self.adapter = memory.adapter_bytes(self.fit_engine)
+        r = config.rest_em
+        self.edits = -(-min(r.group, r.contexts) * r.edits * r.seeds // self.shards)  # that a shard fits in one go
+        self.fit_length = plan.padded_length(math.ceil(workload.tokens / workload.sequences), f.lengths)
+        self.passes = 3 if config.model.remat == "full" else 2  # over the weights, forward and backward
+
+    def fit(self, slots: int) -> Case:
+        f, w = self.config.fit, self.workload
+        rows = plan.row_choices(self.fit_length, f.batch_size, f.tokens_per_step, slots)[-1]
+        kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
+        return Case(
+            "fit",
+            f"{slots} slots, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
+            lambda: self.fit_engine.trace(self.params, self.fit_length, rows, slots),
+            kinds,
+            self.weights + 3 * slots * self.adapter,
+            0,
+            self.passes * self.weights + 6 * rows * self.adapter,
+            w.sequences * f.epochs / (rows * f.batch_size * self.shards),
+            -(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
+        )
+
+    def _answers(self) -> tuple[int, int, int, int, Any, Any]:
+        """Adapters a shard at once, rows and prompts of each, prompt length, the adapters, their rows."""
+        a = self.config.answer
+        each = min(a.rows, math.ceil(self.workload.questions))
+        adapters, prompts = min(max(1, a.rows // each), self.edits), 1 << (each - 1).bit_length()
+        length = plan.padded_length(self.workload.question)
+        room = -(-(self.workload.question + a.max_tokens) // ROOM) * ROOM
+        out = 1 << (a.max_tokens - 1).bit_length()
+        lora = self.fit_engine.abstract_state(adapters).lora
+        rows = jax.eval_shape(lambda: decode.empty(self.decoder, self.mesh, self.shards * adapters, each, max(room, length), out))
+        edits, cache = mesh_lib.edit_sharding(self.mesh), mesh_lib.cache_sharding(self.mesh, self.spec.num_kv_heads)
+        abstract = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
+        caches = jax.tree.map(lambda x: abstract(x, cache), rows.cache)
+        rows = jax.tree.map(lambda x: abstract(x, edits), rows)._replace(cache=caches)
+        return adapters, each, prompts, length, lora, rows
+
+    def prefill(self) -> Case:
+        adapters, each, prompts, length, lora, rows = self._answers()
+        shape = (self.shards * adapters, prompts)
+        edits = mesh_lib.edit_sharding(self.mesh)
+        tokens = jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=edits)
+        lengths = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=edits)
+        caches = cost.shard_bytes(rows.cache)
+        positions = rows.cache.v.shape[-2]
+        made = caches * prompts * length / (each * positions)
+        return Case(
+            "prefill",
+            f"{adapters} x {prompts} questions of {length} tokens",
+            lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
+            {"weights": self.weights, "adapters": (2 * self.edits + adapters) * self.adapter, "caches": caches + made},
+            self.weights + adapters * self.adapter,
+            made,
+            self.weights + adapters * self.adapter + made,
+            1 / (adapters * self.shards),
+        )
+
+    def decode(self) -> Case:
+        adapters, each, prompts, length, lora, rows = self._answers()
+        caches = cost.shard_bytes(rows.cache)
+        positions = rows.cache.v.shape[-2]
+        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
+        prefix = caches * prompts * length / (each * positions)
+        head = self.spec.vocab_size * self.spec.hidden_size  # an embedding apart from the head is read in a few rows only
+        unread = 0 if self.spec.tie_embeddings else self.weights * head / sum(math.prod(x.shape) for x in jax.tree.leaves(self.params))
+        return Case(
+            "decode",
+            f"a token of {adapters} x {each} answers, {positions} positions",
+            lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, lora, rows, steps),
+            # What was fitted, and the same with its scale folded in, of which a few answer at a time.
+            {"weights": self.weights, "adapters": (2 * self.edits + adapters) * self.adapter, "caches": caches + prefix},
+            self.weights + adapters * self.adapter + caches,
+            0,
+            self.weights - unread + adapters * self.adapter + caches / 2,
+            (self.config.answer.max_tokens - 1) / (adapters * self.shards),
+        )
+
+    def m_step(self) -> Case:
+        m, r = self.config.m_step, self.config.rest_em
+        batch = min(m.batch_size, r.contexts)
+        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch, microbatch=m.microbatch, mesh=self.mesh)
+        length = plan.padded_length(min(self.workload.pair, self.config.model.max_length))
+        adapter, parts = memory.adapter_bytes(engine), -(-batch // engine.microbatch)
+        return Case(
+            "M-step",
+            f"{batch} pairs of {length} tokens, {engine.microbatch} at a time",
+            lambda: engine.trace(self.params, length, 1, 1),
+            {"weights": self.weights, "adapters": 4 * adapter},
+            self.weights + 3 * adapter,
+            0,
+            parts * self.passes * self.weights + 6 * adapter,
+            0,
+            -(-engine.microbatch * length // LOSS_POSITIONS),
+        )
+
+
+def build(case: Case, mesh: Mesh) -> Program:
+    """Compiles a case for the devices of `mesh`."""
+    traced = case.trace()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = memory.refused_bytes(error)
+        if used is None:
+            raise
+        return Program(case, {**case.kinds, "temporaries": max(0.0, used - case.arguments)}, None)
+    found = memory.of_program(compiled)
+    rest = 0.0 if found is None else max(0.0, found.total - case.arguments - case.made)
+    work = cost.of_program(traced, compiled, case.trips, mesh.size // mesh_lib.shards(mesh))
+    return Program(case, {**case.kinds, "temporaries": rest}, work)
+
+
+# --- The plan --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was found; `programs` are fit, prefill, decode and M-step."""
+
+    target: Target
+    workload: Workload
+    mesh: dict[str, int]
+    parameters: int
+    dtype: str  # of the weights
+    slots: int  # the most that fit, a shard; 0: not even one
+    edits: int  # that a shard fits in one go: no more slots are of use
+    programs: tuple[Program, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.slots > 0 and all(p.work is not None and p.total <= self.target.limit for p in self.programs)
+
+    def an_edit(self) -> dict[str, float | None]:
+        """FLOP and bytes on all devices, and roofline seconds of all devices, an edit; None where it does not fit or is unknown."""
+        parts = [p for p in self.programs if p.case.calls]
+        if not self.fits:
+            return dict.fromkeys(("flops", "bytes", "seconds", "per_hour"))
+        devices = math.prod(self.mesh.values())
+        seconds = [p.seconds(self.target) for p in parts]
+        total = None if None in seconds else sum(p.case.calls * s for p, s in zip(parts, seconds, strict=True) if s)
+        return {
+            "flops": devices * sum(p.case.calls * p.work.flops for p in parts if p.work),
+            "bytes": devices * sum(p.case.calls * p.work.bytes for p in parts if p.work),
+            "seconds": total,
+            "per_hour": 3600 / total if total else None,
+        }
+
+
+def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[str], None] = lambda text: None) -> Plan:
+    """Compiles what a run of `config` with a model of `spec` needs on `target`. Raises `SealError` for a mesh that does not fit it."""
+    mesh, workload = mesh_lib.make(config.mesh, target.devices), Workload()
+    programs = Programs(config, spec, mesh, workload)
+    built: dict[int, Program] = {}
+
+    def bytes_of(slots: int) -> float:
+        say(f"compiling fit with {slots} slots a shard")
+        built[slots] = build(programs.fit(slots), mesh)
+        return math.inf if math.isinf(built[slots].total) else built[slots].total
+
+    f = config.fit
+    first = plan.row_choices(programs.fit_length, f.batch_size, f.tokens_per_step, programs.edits)[-1]
+    found = memory.most_within(bytes_of, target.limit, first, programs.edits)
+    done = [built[found.slots if found else min(built)]]
+    for case in (programs.prefill(), programs.decode(), programs.m_step()):
+        say(f"compiling {case.name}: {case.shape}")
+        done.append(build(case, mesh))
+    count = sum(math.prod(leaf.shape) for leaf in leaves(spec))
+    dtype = str(jax.tree.leaves(programs.params)[0].dtype)
+    return Plan(target, workload, dict(mesh.shape), count, dtype, found.slots if found else 0, programs.edits, tuple(done))

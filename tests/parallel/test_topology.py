@@ -1,0 +1,224 @@
+"""The plan for devices that are not there. Without libtpu the same programs are compiled for the CPU."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import re
+
+import jax
+import pytest
+
+from seal_jax import cli
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.models import shapes
+from seal_jax.models.spec import from_hf
+from seal_jax.parallel import cost, plan_table, topology
+from seal_jax.parallel import mesh as mesh_lib
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs, libtpu, is not installed")
+# XLA also counts what is no matrix product; the count by hand leaves out what attention computes twice.
+TOLERANCE = 0.06
+SPEC = {
+    "model_type": "qwen2",
+    "vocab_size": 2048,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def settings():
+    lora = {"rank": 8, "targets": ["q_proj", "v_proj"]}
+    data = {
+        "model": {"dtype": "float32", "max_length": 512},
+        "task": {"name": "knowledge"},
+        "fit": {"lora": lora, "tokens_per_step": 192, "lengths": [48]},
+        "answer": {"rows": 10},
+        "m_step": {"lora": lora, "batch_size": 2},
+        "rest_em": {"group": 1, "edits": 3, "seeds": 2},
+    }
+    return config_lib.build(data)
+
+
+def made(settings, mesh, **model):
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **model))
+    return topology.Programs(settings, from_hf(SPEC), mesh, topology.Workload())
+
+
+def ratio(programs, case, mesh, by_hand):
+    program = topology.build(case, mesh)
+    devices = mesh.size // mesh_lib.shards(mesh)
+    return program.work.flops * devices / by_hand
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_the_corrected_count_is_the_one_by_hand(settings, remat):
+    mesh = mesh_lib.single()
+    programs = made(settings, mesh, remat=remat)
+    spec, lora = programs.spec, settings.fit.lora
+    by_hand = cost.fit_flops(spec, lora, 192, 48, 192, remat)
+    assert ratio(programs, programs.fit(4), mesh, by_hand) == pytest.approx(1, abs=TOLERANCE)
+    # Without the correction, all layers but one are missing: the reason for it. Should XLA count trips itself one day, this fails.
+    traced = programs.fit(4).trace()
+    counted = traced.lower().compile().cost_analysis()
+    assert (counted[0] if isinstance(counted, list) else counted)["flops"] < 0.4 * by_hand
+    if remat == "none":
+        m = settings.m_step
+        by_hand = 2 * cost.fit_flops(spec, m.lora, 384, 384, 384, remat)  # a scan over microbatches around the one over layers
+        assert ratio(programs, programs.m_step(), mesh, by_hand) == pytest.approx(1, abs=0.1), "attention is more of it"
+
+
+def test_the_products_of_the_7b_are_those_counted_by_hand():
+    """The traced programs of the paper's config, whose elementwise operations weigh nothing beside the products."""
+    settings = config_lib.load(pathlib.Path(__file__).parents[2] / "configs" / "knowledge_qwen2.5_7b.yaml")
+    programs = topology.Programs(settings, shapes.published("qwen2.5-7b"), mesh_lib.single(), topology.Workload())
+    spec, fit, tune = programs.spec, settings.fit.lora, settings.m_step.lora
+    for case, by_hand in (
+        (programs.fit(10), cost.fit_flops(spec, fit, 480, 48, 480, "full")),
+        (programs.m_step(), 10 * cost.fit_flops(spec, tune, 384, 384, 384, "full")),
+        (programs.prefill(), cost.forward_flops(spec, fit, 12 * 8 * 48, 48, 12 * 8)),
+        (programs.decode(), cost.forward_flops(spec, fit, 12 * 5, 0, 12 * 5)),  # its attention is in sums, not products
+    ):
+        assert cost.products(cost.needed(case.trace()), case.trips).flops == pytest.approx(by_hand, rel=0.005), case.name
+
+
+def test_answers_are_counted_by_hand(settings):
+    mesh = mesh_lib.single()
+    programs = made(settings, mesh)
+    spec, lora = programs.spec, settings.fit.lora
+    by_hand = cost.forward_flops(spec, lora, 2 * 8 * 48, 48, 2 * 8)
+    assert ratio(programs, programs.prefill(), mesh, by_hand) == pytest.approx(1, abs=TOLERANCE)
+    by_hand = cost.forward_flops(spec, lora, 10, 128, 10)
+    assert ratio(programs, programs.decode(), mesh, by_hand) == pytest.approx(1, abs=0.15), "sampling and attention by sums weigh more"
+
+
+def test_weights_of_published_shapes():
+    sizes = {name: sum(x.size for x in jax.tree.leaves(abstract(name))) for name in shapes.CONFIGS}
+    assert sizes == {
+        "embedded": 134_515_008,
+        "qwen2.5-0.5b": 494_032_768,
+        "qwen2.5-1.5b": 1_543_714_304,
+        "qwen2.5-7b": 7_615_616_512,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248,
+        "llama-3.1-70b": 70_553_706_496,
+    }
+
+
+def abstract(name):
+    return {leaf.path: jax.ShapeDtypeStruct(leaf.shape, "bfloat16") for leaf in topology.leaves(shapes.published(name))}
+
+
+def test_a_shape_by_folder_and_what_has_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SPEC))
+    assert shapes.find(str(tmp_path)) == shapes.find(str(tmp_path / "config.json")) == from_hf(SPEC)
+    assert shapes.find("Qwen2.5-7B").num_layers == 28
+    with pytest.raises(SealError, match="not one of embedded, qwen"):
+        shapes.find("nothing")
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(SealError, match="--spec"):
+        shapes.find(str(tmp_path / "model.gguf"))
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path, settings):
+    path = tmp_path / "config.yaml"
+    path.write_text(config_lib.to_yaml(settings))
+    (tmp_path / "config.json").write_text(json.dumps(SPEC))
+    return path
+
+
+@pytest.fixture
+def planned(config_file, capsys):
+    """`planned(...)` runs the command on the small model: (exit code, standard output, last line of standard error)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = cli.main(["plan", str(config_file), "--spec", str(config_file.parent), *arguments])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()[-1] if err else ""
+
+    return run
+
+
+def check(found, devices):
+    assert found["fits"] and found["devices"] == devices
+    assert found["slots"] == found["edits_per_shard"] == -(-6 // found["mesh"]["edit"])
+    assert [p["name"] for p in found["programs"]] == ["fit", "prefill", "decode", "M-step"]
+    for p in found["programs"]:
+        assert p["compiled"] and p["flops"] > 0 and p["total_bytes"] == sum(p["bytes"].values()) <= found["device_limit"]
+    lines = plan_table.table(found).splitlines()
+    assert "fits: yes" in lines and any("8.3 sequences and 365 tokens" in line for line in lines)
+
+
+def test_a_plan_for_the_cpu(planned):
+    code, out, _ = planned("--devices", "cpu", "--json", "mesh.edit=1")
+    assert code == 0
+    found = json.loads(out)
+    check(found, len(jax.devices()))
+    assert found["edit"]["flops"] > 0 and found["edit"]["seconds"] is None, "nothing is known of this machine's speed"
+
+
+@needs_libtpu
+def test_a_plan_for_a_tpu(planned):
+    code, out, err = planned("--topology", "v5e:2x2", "--json", "mesh.fsdp=2", "model.dtype=bfloat16")
+    assert code == 0, err
+    found = json.loads(out)
+    check(found, 4)
+    assert found["device_memory"] == 16 * 2**30 and found["mesh"] == {"edit": 2, "fsdp": 2, "tensor": 1}
+    assert found["edit"]["per_hour"] == pytest.approx(3600 / found["edit"]["seconds"])
+    spec, lora = from_hf(SPEC), config_lib.LoraConfig(8, 64.0, ["q_proj", "v_proj"])
+    fit = found["programs"][0]
+    assert fit["shape"] == "3 slots, steps of 3 x 1 x 48 tokens"
+    # Three rows cannot be dealt out over two devices: both compute all of them, each with its part of the weights.
+    by_hand = cost.fit_flops(spec, lora, 144, 48, 144) / 2
+    assert 0.9 * by_hand < fit["flops"] < 2.2 * by_hand
+
+
+@needs_libtpu
+def test_a_model_that_is_too_large_does_not_fit(settings):
+    """What the compiler refuses is an answer, not a failure."""
+    target = topology.tpu("v5e:2x2")
+    mesh = mesh_lib.make(settings.mesh, target.devices)
+    programs = topology.Programs(settings, shapes.published("llama-3.1-70b"), mesh, topology.Workload())
+    program = topology.build(programs.decode(), mesh)
+    assert program.work is None and program.total > 130 * 2**30
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology", "v5x:2x2"), "--topology v5x:2x2: .*known are, say, v5e:2x4"),
+        (("--topology", "v5e:7x9"), "--topology v5e:7x9: "),
+        (("--topology", "v5e:2x2", "mesh.fsdp=3"), "mesh: fsdp=3 x tensor=1 does not divide the 4 devices"),
+        (("--topology", "v5e:2x2", "mesh.edit=2", "mesh.tensor=4"), "needs 8 devices, there are 4"),
+    ],
+)
+def test_topologies_and_meshes_that_do_not_fit(planned, arguments, message):
+    code, out, err = planned(*arguments)
+    assert code == 2 and not out
+    assert re.search(message, err), err
+
+
+def test_without_libtpu_the_extra_is_named(planned, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = planned("--topology", "v5e:2x2")
+    assert code == 2 and not out and 'pip install "seal_jax[tpu]"' in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--topology", "v5e:2x2", "--devices", "cpu")])
+def test_one_of_topology_and_devices(planned, arguments):
+    code, _, err = planned(*arguments)
+    assert code == 2 and "either --topology NAME" in err
