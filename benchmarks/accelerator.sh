@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# All cases of one GPU that holds a 7B model twice (an H200, say), the most valuable first, in ten minutes at most.
+#
+#   benchmarks/accelerator.sh            PYTHON=python3 MINUTES=9.5 by default; raw output also into $OUT, if that is set
+#
+# It installs nothing and fetches nothing: weights are random, made on the device. A case that does not end in its time is stopped, and the
+# next one gets what is left.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
+end=$(($(date +%s) + $(awk "BEGIN {print int(${MINUTES:-9.5} * 60)}")))
+out=${OUT:-}
+log=${out:-$(mktemp -d)}
+# Programs are compiled once for all the processes below; nothing outlives this run.
+cache=$(mktemp -d)
+trap 'rm -rf "$cache"' EXIT
+export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+echo "# $(date -u +%FT%TZ) $(uname -srm), $(nproc) processors"
+command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+if ! "$python" - <<'PY'
+import importlib, sys
+missing = []
+for name in ("jax", "flax.linen", "optax", "numpy", "omegaconf", "yaml", "tqdm"):
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        missing.append(f"{name} ({error})")
+if missing:
+    sys.exit("missing, and not installed by this script: " + ", ".join(missing))
+import jax
+print("#", sys.version.split()[0], "jax", jax.__version__, jax.devices())
+if jax.default_backend() == "cpu":
+    sys.exit("JAX sees no accelerator here; on a CPU run the benchmarks themselves")
+PY
+then exit 1; fi
+
+failed=0
+run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no more than are left
+  local name=$1 seconds=$2 left
+  shift 2
+  left=$((end - $(date +%s)))
+  if [ "$left" -lt 25 ]; then
+    echo "# left out, no time: $name"
+    return
+  fi
+  [ "$seconds" -gt "$left" ] && seconds=$left
+  echo "# --- $name, at most $seconds s: python -m benchmarks.$*"
+  # The benchmark plans with a little less than it is given: a case that runs on is better than one that is killed.
+  timeout --kill-after=5 "$seconds" "$python" -m "benchmarks.$@" --minutes "$(awk "BEGIN {print ($seconds - 15) * 0.85 / 60}")" \
+    --json "$log/lines.jsonl" 2>>"$log/stderr.txt" | tee -a "$log/stdout.txt"
+  local status=${PIPESTATUS[0]}
+  [ "$status" -eq 0 ] && return
+  failed=1
+  echo "# $name ended with $status; its last words:"
+  tail -n 15 "$log/stderr.txt"
+}
+
+lengths=${LENGTHS:-24,32,48,96,192,384} # few: each that is used is a compilation or three
+run fit-7b 200 fit --model qwen2.5-7b --k 128,32,8,1 --lengths $lengths --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
+run round-7b 130 round --model qwen2.5-7b --contexts 4 --lengths $lengths --repeats 1
+run sample-7b 90 sample --model qwen2.5-7b --rows 128,32 --adapters 32
+run fit-0.5b 60 fit --model qwen2.5-0.5b --k 64,1 --lengths $lengths --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run fit-1.5b 60 fit --model qwen2.5-1.5b --k 64,1 --lengths $lengths --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run sample-0.5b 30 sample --model qwen2.5-0.5b --rows 128 --adapters 0
+
+echo "# the JSON lines again, and how each case went"
+grep -hE '^(warming up|timed|left out)' "$log/stderr.txt"
+cat "$log/lines.jsonl" 2>/dev/null
+exit "$failed"
