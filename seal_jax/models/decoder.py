@@ -123,6 +123,8 @@ def _adapted_backward(saved: Any, slope: jax.Array) -> tuple[jax.Array, ...]:
     activations, three times over, once of them transposed."""
     x, kernel, a, b, low = saved
     slope = jax.lax.optimization_barrier(slope)
+    if kernel.dtype != slope.dtype:  # on a CPU, which would convert the kernels of all layers before the first, at every step
+        kernel = jax.lax.optimization_barrier(kernel)
     flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
     low_slope = product(slope, b, 1)
     over_rows = (((0,), (0,)), ((), ()))
