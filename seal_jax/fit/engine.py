@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,11 +67,10 @@ def _step(decoder: Decoder, chunk: int, mesh: Mesh, params: Any, state: step_lib
     """`step` on every shard. The report is the same everywhere: every process reads all of it."""
 
     def one(params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
-        state, report = step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh))
-        return state, report
+        return step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh))
 
     state, report = mesh_lib.over_edits(one, mesh, (False, True, True))(params, state, batch)
-    return _placed(state, mesh), mesh_lib.replicated(report, mesh)
+    return _placed(state, mesh), jax.lax.with_sharding_constraint(report, mesh_lib.everywhere(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4,))
@@ -230,6 +229,15 @@ class FitEngine:
             raise ValueError(f"job {job.key}: rank, targets or batch size do not fit this engine")
 
 
+class _Issued(NamedTuple):
+    """A step under way."""
+
+    action: plan.Step
+    where: np.ndarray  # the row of each of its edits
+    report: step_lib.Report
+    real: int  # token slots that are real
+
+
 class _Fit:
     """One call of `FitEngine.fit`: what is planned, what is on the mesh, and what was issued."""
 
@@ -262,8 +270,8 @@ class _Fit:
         self.state, self.out = _empty(self.mesh, engine.decoder.spec, engine.rank, engine.targets, self.slots, self.room)()
 
     def run(self, progress: Callable[[int], None] | None) -> Fitted:
-        issued: list[tuple[plan.Step, step_lib.Report]] = []
-        pending: collections.deque[tuple[plan.Step, step_lib.Report, int]] = collections.deque()
+        issued: list[_Issued] = []
+        pending: collections.deque[_Issued] = collections.deque()
         early = any(map(ends_early, self.jobs))
         for action in self.schedule:
             if isinstance(action, plan.Admit):
@@ -271,28 +279,26 @@ class _Fit:
             elif isinstance(action, plan.Retire):
                 self._retire(action)
             else:
-                report, real = self._step(action)
-                issued.append((action, report))
+                issued.append(self._step(action))
                 if progress is not None or early:
-                    pending.append((action, report, real))
+                    pending.append(issued[-1])
                     if len(pending) > AHEAD:
-                        self._look(*pending.popleft(), early, progress)
+                        self._look(pending.popleft(), early, progress)
         while pending:
-            self._look(*pending.popleft(), False, progress)
+            self._look(pending.popleft(), False, progress)
         scale = np.zeros(self.shards * self.room, np.float32)
         scale[self.places] = self.hyper.scale
         return Fitted(self.out, self.places, scale, self._losses(issued), self.waste)
 
-    def _look(self, action: plan.Step, report: step_lib.Report, real: int, early: bool, progress: Callable[[int], None] | None) -> None:
+    def _look(self, step: _Issued, early: bool, progress: Callable[[int], None] | None) -> None:
         """Waits for a step. Edits that ended in it leave the schedule: always after the same number of steps, so that runs repeat."""
-        report.loss.block_until_ready()
+        step.report.loss.block_until_ready()
         if early:
-            ended = np.asarray(report.ended)
-            for edit, row in zip(action.edits, self._rows(action), strict=True):
-                if ended[row]:
+            for edit, ended in zip(step.action.edits, np.asarray(step.report.ended)[step.where], strict=True):
+                if ended:
                     self.schedule.end(edit)
         if progress is not None:
-            progress(real)
+            progress(step.real)
 
     def _spread(self, slots: Sequence[int], size: int, per_shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Where in arrays of `per_shard` entries a shard the (global) `slots` come, and [shards x per_shard] slots within the shard."""
@@ -302,9 +308,6 @@ class _Fit:
             where.append(shard * per_shard + taken[shard])
             local[where[-1]], taken[shard] = slot % size, taken[shard] + 1
         return np.asarray(where, int), local
-
-    def _rows(self, action: plan.Step) -> np.ndarray:
-        return self._spread(action.slots, self.slots, action.rows)[0]
 
     def _admit(self, action: plan.Admit) -> None:
         size = min(ADMIT, self.slots)
@@ -328,16 +331,16 @@ class _Fit:
         places[where] = self.places[list(action.edits)] % self.room
         self.out = _collect(self.mesh, self.out, self.state.lora, *mesh_lib.put((local, places), self.sharding))
 
-    def _step(self, action: plan.Step) -> tuple[step_lib.Report, int]:
-        """Issues a step; its report, and how many of its token slots are real."""
-        batch, real = self._batch(action)
+    def _step(self, action: plan.Step) -> _Issued:
+        batch, where, real = self._batch(action)
         self.waste.slots, self.waste.tokens = self.waste.slots + batch.inputs.size, self.waste.tokens + real
         self.waste.steps += 1
         batch = mesh_lib.put(batch, self.sharding)
         self.state, report = _step(self.engine.decoder, LOSS_POSITIONS, self.mesh, self.params, self.state, batch)
-        return report, real
+        return _Issued(action, where, report, real)
 
-    def _batch(self, action: plan.Step) -> tuple[step_lib.Batch, int]:
+    def _batch(self, action: plan.Step) -> tuple[step_lib.Batch, np.ndarray, int]:
+        """The step's arrays, the row of each of its edits, and how many of the token slots are real."""
         batch_size, microbatch = self.engine.batch_size, self.engine.microbatch
         where, local = self._spread(action.slots, self.slots, action.rows)
         shape = (len(local), batch_size, action.length)
@@ -353,13 +356,13 @@ class _Fit:
         split = (len(local), -(-batch_size // microbatch), microbatch, action.length)
         short = split[1] * split[2] - batch_size
         arrays = [np.pad(x, ((0, 0), (0, short), (0, 0))).reshape(split) for x in (inputs, targets, weights)]
-        return step_lib.Batch(local, *arrays), real
+        return step_lib.Batch(local, *arrays), where, real
 
-    def _losses(self, issued: Sequence[tuple[plan.Step, step_lib.Report]]) -> list[np.ndarray]:
+    def _losses(self, issued: Sequence[_Issued]) -> list[np.ndarray]:
         losses = [np.full(len(order), -1.0, np.float32) for order in self.orders]
-        values = jax.device_get([report.loss for _, report in issued])
-        for (action, _), loss in zip(issued, values, strict=True):
-            for edit, number, row in zip(action.edits, action.numbers, self._rows(action), strict=True):
-                losses[edit][number] = loss[row]
+        values = jax.device_get([step.report.loss for step in issued])
+        for step, loss in zip(issued, values, strict=True):
+            for edit, number, value in zip(step.action.edits, step.action.numbers, loss[step.where], strict=True):
+                losses[edit][number] = value
         # Steps that were issued before the host had seen that the edit had ended, or not at all, stand at -1, which no loss is.
         return [x[x != -1.0] for x in losses]

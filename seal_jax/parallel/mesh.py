@@ -132,11 +132,6 @@ def over_edits(function: Callable[..., Any], mesh: Mesh, arguments: Sequence[boo
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=EDITS, axis_names={"edit"}, check_vma=False)
 
 
-def replicated(tree: Any, mesh: Mesh) -> Any:
-    """Inside a program: small results, brought to every device, so that every process can read them."""
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
-
-
 def deal_rows(tree: Any, mesh: Mesh) -> Any:
     """Inside `over_edits`: the leading axis of the leaves, rows of a step, dealt out over `fsdp` where it divides."""
     size = mesh.shape["fsdp"]

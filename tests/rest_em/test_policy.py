@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.fit import memory
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens
 from seal_jax.models.load import load_model
 from seal_jax.rest_em.policy import Edit, Policy
@@ -120,6 +122,24 @@ def test_edits_answer_with_their_own_adapter(policy):
     np.testing.assert_allclose(both[1].losses, alone[0].losses, rtol=1e-5)
     assert len(both[0].losses) == 8 and both[0].losses[-1] < both[0].losses[0]
     assert policy.adapt([]) == []
+
+
+def test_slots_that_the_config_leaves_open_are_as_many_as_fit(model, policy, monkeypatch):
+    """Asked of the compiler once for jobs of a kind, within the memory of the device; the answers are those of any number of slots."""
+    fit = {"lora": {"rank": 4, "alpha": 8.0}, "epochs": 2, "lengths": [64], "tokens_per_step": 512}
+    edits = [Edit(("s", i), TrainingSet((TrainSequence(f"Orsk sells {i} boats."),)), (Prompt(text="Who?"),)) for i in range(3)]
+    asked, found = [], memory.slots_that_fit
+    monkeypatch.setattr(memory, "slots_that_fit", lambda *args, **options: asked.append(found(*args, **options)) or asked[-1])
+    open_policy = make_policy(model, fit=fit)
+    results = [open_policy.adapt(edits) for _ in range(2)]
+    assert asked == [8], "all that there are, in steps of eight, and asked once"
+    for result in results:
+        for ours, given in zip(result, policy.adapt(edits), strict=True):
+            assert ours.outputs == given.outputs
+            np.testing.assert_allclose(ours.losses, given.losses, rtol=1e-5)
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 1.0)
+    with pytest.raises(SealError, match="one edit of 64 tokens takes"):
+        make_policy(model, fit=fit).adapt(edits)
 
 
 def pairs_of(n):
