@@ -69,8 +69,8 @@ def test_two_processes_of_four_devices_earn_the_rewards_of_one_device(tmp_path, 
     assert many["table"]["rows"] == one["table"]["rows"]
     assert json.loads((tmp_path / "two" / "run" / "versions.json").read_text())["devices"] == 8
     (_, out, err), (_, other_out, other_err) = done
-    assert "run folder:" in out and "M-step" in err, "the first process tells"
-    assert "run folder:" not in other_out and "M-step" not in other_err, "the second does not"
+    assert "run folder:" in out and "seal-jax train: tiny" in err, "the first process tells"
+    assert "run folder:" not in other_out and "seal-jax train" not in other_err, "the second does not"
 
 
 def test_a_fault_is_told_by_all_and_none_waits(tmp_path, write_config):
