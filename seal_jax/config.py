@@ -77,6 +77,7 @@ class SampleConfig:
     top_p: float = 0.95  # tokens are drawn from the smallest set of at least this mass
     top_k: int = 0  # only the likeliest so many are drawn; 0: all
     max_tokens: int = 8192  # bounded by model.max_length as well
+    constrained: bool = True  # where the task has a schema for its self-edits, nothing else is written
     rows: int = 32  # sequences decoded at once
 
 
@@ -111,7 +112,7 @@ class RestEmConfig:
     contexts: int = 50  # contexts a round; round r takes the next ones of the training split, from the start again at its end
     edits: int = 5  # K, self-edits a context
     seeds: int = 3  # S, inner-loop seeds an edit
-    select: str = "best"  # "best" (best of K), "top" (top `keep`) or "gain" (all above the unadapted reward)
+    select: str = "best"  # "best" (best of K), "top" (top `keep`), "gain" (all above the unadapted reward) or "right" (all of reward 1)
     keep: int = 1  # how many `top` keeps a context
     group: int = 10  # contexts measured in one go; a killed run repeats at most one group
 
@@ -276,7 +277,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "fit.schedule": ("constant", "linear", "cosine"),
     "m_step.schedule": ("constant", "linear", "cosine"),
-    "rest_em.select": ("best", "top", "gain"),
+    "rest_em.select": ("best", "top", "gain", "right"),
     "grade.name": ("match", "judge", "endpoint"),
 }
 AT_LEAST = {

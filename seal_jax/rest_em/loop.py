@@ -225,7 +225,8 @@ def policy_name(rounds: int) -> str:
 def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """The table of the evaluations, by policy name."""
     e = config.evaluate
-    return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed)
+    names = tasks.view(config.task.name).names
+    return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, names=names)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -302,5 +303,5 @@ def generate(config: RunConfig, split: str, limit: int, trained: str | os.PathLi
         keys = [("generate", context.id, k) for k in range(config.rest_em.edits)]
         for candidate, text in enumerate(policy.write([task.edit_prompt(context)], [keys])[0]):
             data = task.training_set(context, text)
-            sequences = [s.prompt + s.completion for s in data.sequences]
+            sequences = [s.shown for s in data.sequences]
             yield {"context": context.id, "candidate": candidate, "text": text, "problem": data.problem, "sequences": sequences}

@@ -75,6 +75,7 @@ def _trial(seed: int, adapted: Adapted, score: Score) -> dict[str, Any]:
     return {
         "seed": seed,
         "outputs": list(adapted.outputs),
+        **({} if score.answers is None else {"answers": list(score.answers)}),
         "verdicts": list(score.verdicts),
         "reward": score.reward,
         "loss_first": losses[0] if losses else None,
@@ -91,7 +92,7 @@ def _edit(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, A
         "text": text,
         "problem": data.problem,
         "dropped": data.dropped,
-        "sequences": [s.prompt + s.completion for s in data.sequences],
+        "sequences": [s.shown for s in data.sequences],
         "trials": trials,
         "reward": 0.0 if data.problem else float(np.mean(rewards)) if rewards else None,
     }

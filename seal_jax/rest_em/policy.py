@@ -26,7 +26,8 @@ from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
 from seal_jax.progress import bar
 from seal_jax.sample import engine as sample
-from seal_jax.tasks.base import Prompt, TrainingSet
+from seal_jax.sample.constraint import for_schema
+from seal_jax.tasks.base import Prompt, TrainingSet, TrainSequence
 
 Key = tuple[str | int, ...]
 
@@ -76,14 +77,19 @@ class Policy:
         """A training set as tokens, each sequence cut at the model's `max_length`; those with no token to predict are left out."""
         found = []
         for sequence in training.sequences:
-            if sequence.prompt:
-                prompt, completion = self.tokenizer.encode(sequence.prompt), self.tokenizer.encode(sequence.completion, False)
-            else:
-                prompt, completion = [], self.tokenizer.encode(sequence.completion)
-            ids = (prompt + completion)[: self.max_length]
-            if len(ids) > max(len(prompt), 1):
-                found.append(Tokens(tuple(ids), max(len(prompt), 1)))
+            prompt, completion = self._sequence(sequence)
+            if len(prompt) < self.max_length and completion:  # something of the completion is left, and more than what stands before a text
+                ids, start = (prompt + completion)[: self.max_length], 1 if sequence.on_prompt else max(len(prompt), 1)
+                found += [Tokens(tuple(ids), start)] if len(ids) > start else []
         return tuple(found)
+
+    def _sequence(self, sequence: TrainSequence) -> tuple[list[int], list[int]]:
+        """(prompt ids, completion ids). What the tokenizer puts before a text comes once, before the first of the two."""
+        if sequence.prompt.messages is not None:
+            return self.tokenizer.encode_completion(sequence.prompt, sequence.completion)
+        if sequence.prompt.text:
+            return self.tokenizer.encode(sequence.prompt.text), self.tokenizer.encode(sequence.completion, False)
+        return [], self.tokenizer.encode(sequence.completion)
 
     # --- engines ----------------------------------------------------------------------------------------------------
 
@@ -94,15 +100,16 @@ class Policy:
         return [self.tokenizer.decode(g.tokens) for g in done]
 
     def write(self, prompts: Sequence[Prompt], keys: Sequence[Sequence[Key]], what: str = "writing self-edits") -> list[list[str]]:
-        """Self-edits: for each prompt one sample a key, drawn as `config.sample` says."""
+        """Self-edits: for each prompt one sample a key, drawn as `config.sample` says, in the form of the prompt's schema."""
         c = self.config.sample
         requests = []
         for prompt, candidates in zip(prompts, keys, strict=True):
             ids = tuple(self.tokenizer.encode_prompt(prompt))
             limit = min(c.max_tokens, self.max_length - len(ids))
+            form = for_schema(prompt.schema, self.tokenizer.token_bytes) if prompt.schema is not None and c.constrained else None
             for key in candidates:
                 words = tuple(rng.words(self.config.seed, *key, "sample").tolist())
-                requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words))
+                requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words, constraint=form))
         texts = iter(self._generate(requests, c.rows, None, what))
         return [[next(texts) for _ in candidates] for candidates in keys]
 

@@ -24,14 +24,16 @@ class Candidate:
 
 
 def select(rule: str, candidates: Sequence[Candidate], keep: int = 1, unadapted: float | None = None) -> list[int]:
-    """Selection by the name of `rest_em.select`: "best", "top" (`keep` of them) or "gain" (over the reward `unadapted`)."""
+    """Selection by the name of `rest_em.select`: "best", "top" (`keep`), "gain" (over the reward `unadapted`) or "right" (reward 1)."""
     if rule == "best":
         return best(candidates)
     if rule == "top":
         return top(candidates, keep)
     if rule == "gain":
         return gain(candidates, unadapted)
-    raise SealError(f"rest_em.select={rule!r}: expected one of best, top, gain")
+    if rule == "right":
+        return right(candidates)
+    raise SealError(f"rest_em.select={rule!r}: expected one of best, top, gain, right")
 
 
 def best(candidates: Sequence[Candidate]) -> list[int]:
@@ -49,6 +51,11 @@ def gain(candidates: Sequence[Candidate], unadapted: float | None) -> list[int]:
     if unadapted is None:
         return []
     return [c.index for c in _ranked(candidates) if c.reward > unadapted and c.text.strip()]
+
+
+def right(candidates: Sequence[Candidate]) -> list[int]:
+    """All candidates that got every question right: the paper's choice for ARC (section 3.2)."""
+    return [c.index for c in _ranked(candidates) if c.reward >= 1.0 and c.text.strip()]
 
 
 def _ranked(candidates: Sequence[Candidate]) -> list[Candidate]:

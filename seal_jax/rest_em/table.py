@@ -63,11 +63,18 @@ def _ungraded(trials: Any) -> int:
 
 
 def table(
-    groups: Mapping[str, Sequence[Mapping[str, Any]]], *, seeds: int, edits: int, resamples: int, seed: int, notes: Sequence[str] = ()
+    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    seeds: int,
+    edits: int,
+    resamples: int,
+    seed: int,
+    notes: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The table of the evaluations `groups` (policy name -> its contexts' records; all of the same contexts).
 
-    `gain` is over "no adaptation" of the first policy, paired by context.
+    `gain` is over "no adaptation" of the first policy, paired by context. `names` are other words for methods (`tasks.base.View`).
     """
     found = [row for policy, contexts in groups.items() if contexts for row in rows(contexts, policy, seeds, edits)]
     first = next(iter(groups.values()))
@@ -76,6 +83,7 @@ def table(
     result = []
     for row in found:
         values = row.pop("values")
+        row["method"] = (names or {}).get(row["method"], row["method"])
         known = np.asarray([v for v in values if v is not None], np.float64)
         paired = np.asarray([v - r for v, r in zip(values, reference, strict=True) if v is not None and r is not None], np.float64)
         row.update(contexts=len(known), questions=questions, mean=None, low=None, high=None, gain=None, gain_low=None, gain_high=None)

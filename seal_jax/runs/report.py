@@ -1,6 +1,7 @@
 """`report.html` of a run: one file that needs nothing else, made from what the run folder holds, finished or not.
 
-Texts of passages, self-edits and answers are untrusted: the template escapes all of them, and the page allows no script.
+Texts of contexts, self-edits and answers are untrusted: the template escapes all of them, unless their task makes pictures of them
+(`tasks.base.View`), and the page allows no script.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import markupsafe
 import numpy as np
 import yaml
 
+from seal_jax import tasks
 from seal_jax.errors import SealError
 from seal_jax.runs import charts, files, store, table
 from seal_jax.runs.events import read_events
+from seal_jax.tasks.base import View
 
 EXAMPLES = 5  # contexts shown in full
 SEQUENCES = 60  # training sequences shown of one self-edit
@@ -58,6 +62,12 @@ def write_report(run_folder: str | os.PathLike[str]) -> pathlib.Path:
 def clean(text: Any) -> str:
     """Untrusted text with control characters, which HTML forbids, made visible. Escaping is the template's."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def show(task: View, kind: str, text: str) -> markupsafe.Markup:
+    """A text as its task wants it shown."""
+    picture = task.html(kind, text)
+    return markupsafe.Markup('<span class="text">{}</span>').format(clean(text)) if picture is None else markupsafe.Markup(picture)
 
 
 def duration(seconds: float) -> str:
@@ -130,8 +140,12 @@ def view(folder: pathlib.Path) -> dict[str, Any]:
     spread = [panel for panel in spread if any(c["rewards"] for c in panel["contexts"])]
     loss_lines = [(f"round {r['number']}", r["m_step"]["losses"]) for r in rounds if r["m_step"] and r["m_step"].get("losses")]
     measured = [s for s in summaries if s["mean"]]
+    header = _header(config if isinstance(config, dict) else {})
+    task = tasks.view(str(header["task"]))
     return {
-        **_header(config if isinstance(config, dict) else {}),
+        **header,
+        "context_head": task.context,
+        "shown": functools.partial(show, task),
         "config_text": config_text,
         "versions": read("versions") or {},
         "status": _status(folder, events, results is not None),
@@ -339,4 +353,4 @@ def _example(label: str, context: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _answer(trial: Mapping[str, Any] | None, i: int) -> dict[str, Any] | None:
-    return None if trial is None else {"text": trial["outputs"][i].strip(), "verdict": trial["verdicts"][i]}
+    return None if trial is None else {"text": trial.get("answers", trial["outputs"])[i].strip(), "verdict": trial["verdicts"][i]}

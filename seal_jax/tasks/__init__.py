@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from seal_jax.tasks.base import View
+
 if TYPE_CHECKING:
     from seal_jax.grade.base import Grader
     from seal_jax.tasks.base import Task
@@ -13,3 +15,11 @@ if TYPE_CHECKING:
 def build(config: Any, grader: Grader) -> Task:
     """The task of `config`, an instance of the `Config` of the package that `config.name` names."""
     return importlib.import_module(f"seal_jax.tasks.{config.name}").build(config, grader)
+
+
+def view(name: str) -> View:
+    """How the task `name` is shown; the default for one that says nothing about it, or that this installation does not have."""
+    try:
+        return getattr(importlib.import_module(f"seal_jax.tasks.{name}"), "VIEW", View())
+    except ModuleNotFoundError:
+        return View()

@@ -10,7 +10,7 @@ and the experiments see only what stands in this file. Every record survives `to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -23,16 +23,18 @@ def to_json(record: Any) -> dict[str, Any]:
 class Prompt:
     """What the policy is asked: raw text, or chat messages rendered with the model's own chat template.
 
-    Exactly one of `text` and `messages` is set. `messages` are `{"role": ..., "content": ...}`.
+    Exactly one of `text` and `messages` is set. `messages` are `{"role": ..., "content": ...}`. `schema` is the JSON schema of what is to
+    be written (`seal_jax.sample.schema` says what it may hold); a policy that samples under constraints writes nothing else.
     """
 
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
+    schema: Mapping[str, Any] | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prompt:
         messages = data.get("messages")
-        return cls(data.get("text"), None if messages is None else tuple(dict(m) for m in messages))
+        return cls(data.get("text"), None if messages is None else tuple(dict(m) for m in messages), data.get("schema"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,22 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSequence:
-    """One training sequence: `prompt` is read without a loss, `completion` carries the loss (all of it, if `prompt` is empty)."""
+    """One training sequence: `completion` after `prompt`, with the loss on the completion, or `on_prompt` on both.
+
+    After chat messages the completion is the assistant's turn, and the end of the turn is learnt with it. Raw text (or none) goes on as
+    text and has no end. `label` is what a reader of the report sees of the sequence; default: all of its text.
+    """
 
     completion: str
-    prompt: str = ""
+    prompt: Prompt = Prompt(text="")
+    on_prompt: bool = False
+    label: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The sequence as a reader sees it."""
+        before = [self.prompt.text or ""] if self.prompt.messages is None else [m["content"] for m in self.prompt.messages]
+        return "".join([*before, self.completion]) if self.label is None else self.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,20 +94,37 @@ class Score:
     """How outputs did on a context's downstream evaluation.
 
     `verdicts` has one entry a question: True, False, or None for "ungraded" (the grader failed). `reward` is the mean over graded
-    questions, in [0, 1], or None if none could be graded.
+    questions, in [0, 1], or None if none could be graded. `answers` says what stood as the answer to each question where that is
+    not the output of one probe (a vote over several, say).
     """
 
     verdicts: tuple[bool | None, ...]
     reward: float | None
+    answers: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, verdicts: Sequence[bool | None]) -> Score:
+    def of(cls, verdicts: Sequence[bool | None], answers: Sequence[str] | None = None) -> Score:
         graded = [v for v in verdicts if v is not None]
-        return cls(tuple(verdicts), sum(graded) / len(graded) if graded else None)
+        return cls(tuple(verdicts), sum(graded) / len(graded) if graded else None, None if answers is None else tuple(answers))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Score:
-        return cls(tuple(data["verdicts"]), data["reward"])
+        answers = data.get("answers")
+        return cls(tuple(data["verdicts"]), data["reward"], None if answers is None else tuple(answers))
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the records of a task are shown: the attribute `VIEW` of the task's package, where this default does not do.
+
+    `names` are other words for methods in the result table, by the usual ones ("no adaptation", "passage + self-edit"). `context` heads a
+    context's text. `html` makes of a text of some kind ("context", "edit", "sequence", "question", "reference", "answer") a fragment of
+    HTML, trusted and complete, or None where it should stand as it is. Texts are untrusted: whatever a model wrote.
+    """
+
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    context: str = "Context"
+    html: Callable[[str, str], str | None] = lambda kind, text: None
 
 
 class Task(Protocol):
@@ -120,7 +151,10 @@ class Task(Protocol):
         ...
 
     def score(self, items: Sequence[tuple[Context, Sequence[str]]]) -> list[Score]:
-        """Scores of the outputs (one a probe) of many contexts at once, so that a remote grader is called concurrently."""
+        """Scores of the outputs (one a probe) of many contexts at once, so that a remote grader is called concurrently.
+
+        A score has a verdict for each question of `describe`.
+        """
         ...
 
     def text(self, context: Context) -> str:
@@ -128,5 +162,5 @@ class Task(Protocol):
         ...
 
     def describe(self, context: Context) -> list[tuple[str, str]]:
-        """(question, reference answer) of each probe, for the report."""
+        """(question, reference answer) of each question, for the report. Without `Score.answers`, there is one for each probe."""
         ...

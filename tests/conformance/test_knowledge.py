@@ -75,7 +75,7 @@ def test_query_server_request(cases):
         task = build(Config(split_newlines=case["split_newlines"], drop_headers=False, answer_prompt="base"), grader=None)
         context, expected = context_of(case), case["expected"]
         training = task.training_set(context, case["completion"])
-        assert [s.prompt for s in training.sequences] == [""] * len(training.sequences)
+        assert [s.prompt.text for s in training.sequences] == [""] * len(training.sequences)
         assert [s.completion for s in training.sequences] == expected["train_sequences"]
         asked = [prompts.answer_prompt("base", question["question"]) for question in expected["eval_questions"]]
         assert task.probes(context) == asked

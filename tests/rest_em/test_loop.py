@@ -269,7 +269,7 @@ class Colours:
 
     def training_set(self, context, edit):
         # A self-edit that chooses its own inner loop, and trains on an answer after a prompt.
-        return TrainingSet((TrainSequence(" " + context.payload["word"], prompt="Say it:"),), fit={"epochs": 2 + len(edit) % 2})
+        return TrainingSet((TrainSequence(" " + context.payload["word"], prompt=Prompt("Say it:")),), fit={"epochs": 2 + len(edit) % 2})
 
     def baselines(self, context):
         return {"the word alone": TrainingSet((TrainSequence(f"{context.payload['word']} {context.payload['word']}"),))}

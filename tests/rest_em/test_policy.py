@@ -57,9 +57,9 @@ def test_sequences_without_a_token_to_predict_are_left_out(policy):
     sequences = (
         TrainSequence(""),
         TrainSequence("a"),  # one token, which nothing precedes
-        TrainSequence("b", prompt="Orsk sells salt. " * 40),  # the prompt alone fills the context
-        TrainSequence("", prompt="Orsk sells"),
-        TrainSequence("salt", prompt="Orsk sells"),
+        TrainSequence("b", Prompt("Orsk sells salt. " * 40)),  # the prompt alone fills the context
+        TrainSequence("", Prompt("Orsk sells")),
+        TrainSequence("salt", Prompt("Orsk sells")),
     )
     assert len(policy.tokenizer.encode("a")) == 1
     (kept,) = policy.tokenise(TrainingSet(sequences))

@@ -44,7 +44,7 @@ def test_training_set_is_the_lines_then_the_passage():
     training = task().training_set(CONTEXT, "Sure, here is the rewrite:\nAda Corro built it.\nIt has a wheel.")
     passage = "Brindle Mill\nThe Brindle Mill opened in 1802."
     assert completions(training) == ["Brindle Mill\nAda Corro built it.", "Brindle Mill\nIt has a wheel.", passage]
-    assert {s.prompt for s in training.sequences} == {""}  # every token carries the loss
+    assert {s.prompt.text for s in training.sequences} == {""}  # every token carries the loss
     assert (training.problem, training.dropped, training.fit) == (None, 1, {})
 
 
