@@ -26,6 +26,9 @@ REMAT = {
 }
 
 
+QUERIES = 512  # tokens of a long row that attend at once: the square of all with all is never in memory, forward or backward
+
+
 class Cache(NamedTuple):
     """Keys and values of every layer. A row's entry at position p is valid once p has been written."""
 
@@ -72,6 +75,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     read. Softmax in float32. Returns [B, T, H, h].
     """
     rows, count, heads, width = q.shape
+    if count > 2 * QUERIES and count % QUERIES == 0:
+        parts = lambda x: x.reshape(rows, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+        one = jax.checkpoint(lambda part: attend(part[0], k, v, part[1]), prevent_cse=False)
+        return jax.lax.map(one, (parts(q), parts(positions))).swapaxes(0, 1).reshape(q.shape)
     groups, length = k.shape[1], k.shape[3]
     q = q.reshape(rows, count, groups, heads // groups, width)
     visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]

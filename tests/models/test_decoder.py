@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from seal_jax.errors import SealError
-from seal_jax.models import embedded
+from seal_jax.models import decoder, embedded
 from seal_jax.models.decoder import Cache, Decoder, empty_cache, head, logits, rope_frequencies
 from seal_jax.models.gguf import read_gguf
 from seal_jax.models.spec import from_hf, to_hf
@@ -139,6 +140,25 @@ def test_rotary_frequencies_equal_transformers(rope):
     config = LlamaConfig(**sizes, rope_parameters=rope)
     theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
     np.testing.assert_allclose(rope_frequencies(from_hf(config.to_dict())), theirs, rtol=1e-6)
+
+
+def test_long_rows_attend_in_parts_and_never_make_the_square(monkeypatch):
+    rows, count, heads, groups, width = 2, 64, 4, 2, 8
+    shapes = (rows, count, heads, width), (rows, groups, width, count), (rows, groups, count, width)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    positions = jnp.broadcast_to(jnp.arange(count), (rows, count))
+
+    def made(queries):
+        """The value, the slopes, and the elements of the largest array that the program makes."""
+        monkeypatch.setattr(decoder, "QUERIES", queries)
+        run = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(decoder.attend(q, k, v, positions))), argnums=(0, 1, 2)))
+        shapes = re.findall(r"f32\[([\d,]+)\]", run.lower(q, k, v).compile().as_text())
+        return *run(q, k, v), max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+
+    (whole, slopes, large), (parts, part_slopes, small) = made(count), made(16)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), part_slopes, slopes)
+    assert large >= rows * heads * count * count > 2 * small
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,27 @@ def test_sequences_without_a_token_to_predict_are_left_out(policy):
     prompt = policy.tokenizer.encode("Orsk sells")
     assert kept.ids == (*prompt, *policy.tokenizer.encode("salt", False)) and kept.loss_from == len(prompt)
     assert policy.tokenise(TrainingSet(sequences[:4])) == ()
+
+
+def test_a_chat_turn_is_learnt_with_its_end_and_its_prompt_where_asked(policy):
+    messages, t = ({"role": "user", "content": "Orsk?"},), policy.tokenizer
+    before, after = t.encode_completion(Prompt(messages=messages), "salt")
+    sequences = [TrainSequence("salt", Prompt(messages=messages), on_prompt=on_prompt) for on_prompt in (False, True)]
+    answer, both = policy.tokenise(TrainingSet(tuple(sequences)))
+    assert answer.ids == both.ids == (*before, *after) and answer.ids[-1] == t.eos_ids[0]
+    assert (answer.loss_from, both.loss_from) == (len(before), 1)
+
+
+def test_self_edits_have_the_form_of_the_schema(policy, model):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}, "on": {"type": "boolean"}}}
+    schema |= {"required": ["n", "on"], "additionalProperties": False}
+    prompts, keys = [Prompt("Orsk:", schema=schema), Prompt("Vell:")], [[("s", 0), ("s", 1)], [("s", 2)]]
+    for change, formed in ({}, True), ({"constrained": False}, False):
+        policy = make_policy(model, sample={"max_tokens": 40, "rows": 2, **change})
+        (one, two), (free,) = policy.write(prompts, keys)
+        assert [text.startswith('{"n": ') for text in (one, two, free)] == [formed, formed, False]
+        if formed:
+            assert all(1 <= json.loads(text)["n"] <= 9 for text in (one, two))
 
 
 def test_prompts_that_fit(policy):

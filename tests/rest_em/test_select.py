@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_jax.errors import SealError
-from seal_jax.rest_em.select import Candidate, best, gain, select, top
+from seal_jax.rest_em.select import Candidate, best, gain, right, select, top
 
 
 def candidates(*rewards, texts=None):
@@ -31,6 +31,11 @@ def test_ungraded_is_never_kept_and_takes_no_place():
     assert top(c, 4) == [1, 3]
     assert best(candidates(None, None)) == []
     assert gain(candidates(None, 0.1), 0.0) == [1]
+
+
+def test_right_keeps_all_that_got_everything_right():
+    assert right(candidates(1.0, 0.8, None, 1.0)) == [0, 3]
+    assert right(candidates(0.9)) == [] == right(candidates(1.0, texts=[" "]))
 
 
 def test_gain_is_strict_and_needs_a_graded_baseline():

@@ -6,9 +6,11 @@ import time
 
 import pytest
 
+from seal_jax import tasks
 from seal_jax.errors import SealError
 from seal_jax.runs import report, store
 from seal_jax.runs.report import write_report
+from seal_jax.tasks.base import View
 
 
 class Page(html.parser.HTMLParser):
@@ -127,6 +129,21 @@ def test_untrusted_text_stays_text(made_up, tmp_path):
     shown = evil.replace("\x00", "\N{REPLACEMENT CHARACTER}").replace("\x1b", "\N{REPLACEMENT CHARACTER}")
     assert page.text.count(shown) > 20
     assert "\x00" not in page.source
+
+
+def test_a_task_draws_its_own_texts(made_up, tmp_path, monkeypatch):
+    run, asked = made_up(tmp_path / "run", contexts=2), set()
+
+    def html(kind, text):
+        asked.add(kind)
+        return f"<svg role='img'><title>{len(text)}</title></svg>" if kind in ("question", "answer") else None
+
+    monkeypatch.setattr(tasks, "view", lambda name: View(context="Puzzle", html=html))
+    page = Page(write_report(run))
+    drawn = [tag for tag, attributes in page.tags if tag == "svg" and attributes == {"role": "img"}]
+    assert asked == {"context", "edit", "sequence", "question", "reference", "answer"}
+    assert len(drawn) == 2 * 3 * 5, "the question and both answers, of five questions of two contexts"
+    assert "Puzzle" in page.text
 
 
 def test_unfinished_run(made_up, tmp_path):
