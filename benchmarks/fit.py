@@ -33,8 +33,8 @@ FALL_TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}  # the same as a share of w
 
 def parse(argv: Sequence[str] | None) -> Any:
     p = common.parser("fit", __doc__.split("\n", 1)[0])
-    p.add_argument("--k", help="edits on the device at once, first the one that matters most (default 16,4,1; 64,16,4,1 on a GPU)")
-    p.add_argument("--edits", type=int, help="edits a repeat, at least K (default 8; on a GPU twice K)")
+    p.add_argument("--k", help="edits on the device at once, first the one that matters most (default 32,8,1; 64,16,4,1 on a GPU)")
+    p.add_argument("--edits", type=int, help="edits a repeat, at least K (default twice K, and at least 8)")
     p.add_argument("--epochs", type=int, help="of the workload's 10 (default 1; on a GPU 3)")
     p.add_argument("--tokens-per-step", type=int, help="token slots a device step (default 512; on a GPU 4096)")
     p.add_argument("--lengths", help="padded lengths (default: the library's)")
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     )
     p.add_argument("--sweep", help="lengths of the sweep of tokens an adapter-step (default 16,64,256; none: no sweep)")
     args = p.parse_args(argv)
-    common.default(args, "k", "2,1", "16,4,1", "64,16,4,1")
+    common.default(args, "k", "2,1", "32,8,1", "64,16,4,1")
     common.default(args, "epochs", 1, 1, 3)
     common.default(args, "tokens_per_step", 768, 512, 4096)
     common.default(args, "padded_steps", 1, 2, 8)
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     edits = workload.make_round(args.seed)
     whole = 10 * statistics.mean(e.labels for e in edits)
     ks = numbers(args.k)
-    count = {k: max(k, args.edits or (3 if args.tiny else 8 if bench.on_cpu else max(8, 2 * k))) for k in ks}
+    count = {k: max(k, args.edits or (3 if args.tiny else max(8, 2 * k))) for k in ks}
     chosen = workload.spread(edits, max(count.values()))
     jobs = [workload.job(e, bench.spec.vocab_size, config, args.seed) for e in chosen]
     peer, reason = peers.connect(bench)

@@ -15,6 +15,7 @@ import textwrap
 from typing import Any
 
 from seal_jax import config
+from seal_jax.tasks.arc import sources as arc_sources
 from seal_jax.tasks.knowledge import prompts, sources
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
@@ -46,6 +47,14 @@ KNOWLEDGE = f"""\
 `facts` and `chat` are chat messages, for models with a chat template. `instruct` writes Qwen's chat markup as text. The others are plain
 text, for base models. All of them stand in `seal_jax/tasks/knowledge/prompts.py`.
 """
+
+
+ARC = f"""\
+### Data sources of the ARC task
+
+{inspect.cleandoc(arc_sources.__doc__)}
+"""
+MORE = {"knowledge": KNOWLEDGE, "arc": ARC}  # after the keys of a task
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -99,7 +108,7 @@ def render() -> str:
     for name in config.task_names():
         cls = importlib.import_module(f"seal_jax.tasks.{name}").Config
         lines += [f"## task, with task.name={name}", "", *describe(cls), *table(rows(cls(), "task.")), ""]
-        lines += [KNOWLEDGE] if name == "knowledge" else []
+        lines += [MORE[name]] if name in MORE else []
     for name, section in sections.items():
         lines += [f"## {name}", "", *describe(type(section)), *table(rows(section, f"{name}.")), ""]
     return "\n".join(lines)

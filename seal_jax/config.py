@@ -260,14 +260,15 @@ def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
         if OmegaConf.is_missing(given, key):
             raise SealError(f"{where}: {full} has no value")
         here, there = schema._get_node(key), given._get_node(key)
-        if there._is_interpolation():
+        if there._is_interpolation() or (there._is_none() and here._is_optional()):
             continue
         if OmegaConf.is_dict(here):
             if not OmegaConf.is_dict(there) or there._is_none():
                 raise SealError(f"{where}: {full}={given[key]!r}: expected a mapping of {', '.join(map(str, here))}")
             _check_keys(here, there, where, f"{full}.")
         elif OmegaConf.is_list(here) and (not OmegaConf.is_list(there) or there._is_none()):
-            raise SealError(f"{where}: {full}={given[key]!r}: expected a list, as in [{', '.join(map(str, here[:2]))}]")
+            example = "a,b" if here._is_none() else ", ".join(map(str, here[:2]))
+            raise SealError(f"{where}: {full}={given[key]!r}: expected a list, as in [{example}]")
         elif not OmegaConf.is_list(here) and (OmegaConf.is_dict(there) or OmegaConf.is_list(there)):
             raise SealError(f"{where}: {full}={OmegaConf.to_container(there)!r}: expected a single value")
 

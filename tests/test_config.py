@@ -97,13 +97,22 @@ def test_written_configs_read_back(tmp_path):
         ("fit.lengths=${nothing}", "Interpolation key 'nothing' not found"),
         # the task
         ("task.name=knowledg", "task.name='knowledg' is unknown (did you mean 'knowledge'?)"),
-        ("task=knowledge", "task.name is missing; one of: knowledge"),
+        ("task=knowledge", "task.name is missing; one of: arc, knowledge"),
         ("task=null", "task.name is missing"),
         ("task=${nothing}", "Interpolation key 'nothing' not found"),
     ],
 )
 def test_refusals(override, said):
     assert said in refusal(lambda: build(override))
+
+
+def test_a_list_or_a_mapping_may_be_null_where_its_type_says_so():
+    plain = {"task": {"name": "arc"}}
+    assert config_lib.build(plain, ["task.train_ids=[a,b]"]).task.train_ids == ["a", "b"]
+    for key in ("train_ids", "reference"):
+        assert getattr(config_lib.build(plain, [f"task.{key}=null"]).task, key) is None
+    said = refusal(lambda: config_lib.build(plain, ["task.train_ids=a"]))
+    assert said == "config: task.train_ids='a': expected a list, as in [a,b]"
 
 
 def test_a_list_of_the_config_is_set_as_a_whole():
@@ -119,7 +128,7 @@ def test_a_list_of_the_config_is_set_as_a_whole():
         ("- 1\n- 2\n", "expected a mapping of config keys, found list"),
         ("fit: [1\nname: x\n", "not readable as YAML"),
         ("name: \x00", "not readable as YAML"),
-        ("name: x\n", "task.name is missing; one of: knowledge"),
+        ("name: x\n", "task.name is missing; one of: arc, knowledge"),
         ("task: {name: knowledge}\nfit:\n  epoch: 3\n", "unknown key 'fit.epoch' (did you mean 'epochs'?)"),
         ("task: {name: knowledge}\nfit: ???\n", "fit has no value"),
     ],
@@ -149,7 +158,7 @@ def test_a_new_task_is_a_new_package_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     config = config_lib.build({"task": {"name": "echo"}}, ["task.loudness=5"])
     assert tasks.build(config.task, None) == ("the task", 5)
-    assert "one of: echo, knowledge" in refusal(lambda: config_lib.build({"task": {"name": "x"}}))
+    assert "one of: arc, echo, knowledge" in refusal(lambda: config_lib.build({"task": {"name": "x"}}))
     # Each task has its own keys.
     assert "unknown key 'task.prompt'" in refusal(lambda: config_lib.build({"task": {"name": "echo", "prompt": "facts"}}))
     assert "unknown key 'task.loudness'" in refusal(lambda: build("task.loudness=5"))

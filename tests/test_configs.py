@@ -45,6 +45,14 @@ QWEN = {
 }
 
 
+PASSAGE = {"context": "Orsk sells salt.", "questions": [{"question": "What does it sell?", "answer": "salt"}]}
+PAIR = {"input": [[1, 2]], "output": [[2, 1]]}
+CONTEXTS = {  # of each task: a context, and what of it stands in the prompt for a self-edit
+    "knowledge": (Context("0", "Orsk", PASSAGE), "Orsk sells salt."),
+    "arc": (Context("0-0", "0", {"id": "0-0", "train": [PAIR, PAIR], "test": PAIR}), "1 2"),
+}
+
+
 def count(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
@@ -62,10 +70,9 @@ def stacked(tree, number: int):
 def test_every_config_is_valid(path):
     config = config_lib.load(path)
     assert config.name == path.stem, "the run folder is named after the file"
-    context = Context("0", "Orsk", {"context": "Orsk sells salt.", "questions": [{"question": "What does it sell?", "answer": "salt"}]})
     task = tasks.build(config.task, grader(config))
-    prompt = task.edit_prompt(context)
-    assert "Orsk sells salt." in (prompt.text or prompt.messages[-1]["content"])
+    context, shown = CONTEXTS[config.task.name]
+    assert shown in str(task.edit_prompt(context))
     assert task.probes(context)
 
 
@@ -82,6 +89,20 @@ def test_paper_config_has_the_papers_numbers():
     assert (c.evaluate.contexts, c.answer.max_tokens) == (200, 64)
     assert (c.task.prompt, c.task.answer_prompt, c.task.shuffle, c.task.drop_headers) == ("implications", "base", 42, False)
     assert c.model.max_length > c.sample.max_tokens, "or a passage leaves no room for a whole self-edit"
+
+
+def test_arc_config_has_the_papers_numbers():
+    """Few-shot adaptation: section 3.2, appendix A and the original's scripts."""
+    c = config_lib.load(CONFIGS / "arc_llama3.2_1b.yaml")
+    assert (c.fit.lora.rank, c.fit.lora.alpha, len(c.fit.lora.targets)) == (128, 16.0, 5)
+    assert (c.fit.schedule, c.fit.warmup_steps, c.fit.batch_size, c.fit.weight_decay) == ("cosine", 11, 2, 0.0)
+    assert (c.task.max_sequences, c.task.max_steps, c.task.batch_size, c.task.leave_out) == (250, 375, 2, [1, 2])
+    assert (c.sample.temperature, c.sample.max_tokens, c.rest_em.edits, c.evaluate.edits) == (0.8, 128, 15, 5)
+    assert (c.m_step.lora.rank, c.m_step.learning_rate, c.m_step.epochs, c.m_step.batch_size) == (16, 5e-5, 8, 5)
+    assert (c.rest_em.rounds, c.rest_em.select) == (1, "right")
+    task = tasks.build(c.task, grader(c))
+    assert len(task.contexts("train")) >= len(c.task.train_ids) == 12
+    assert len(task.contexts("validation")) >= len(c.task.validation_ids) == 10
 
 
 @pytest.fixture(scope="module")

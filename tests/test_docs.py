@@ -30,24 +30,31 @@ def keys(data, prefix=""):
         yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
 
 
-def test_configuration_has_every_key_with_a_meaning(page):
+def rows_of(page, task):
+    """(key, default, meaning) of the page's rows for a config of `task`: those of the other tasks' sections left out."""
+    sections = re.split(r"^## ", page.PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    own = [s for s in sections if not s.startswith("task, with") or s.startswith(f"task, with task.name={task}\n")]
+    return re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.*) \|$", "\n".join(own), re.MULTILINE)
+
+
+@pytest.mark.parametrize("task", config.task_names())
+def test_configuration_has_every_key_with_a_meaning(page, task):
     """Independent of the page's own walk: the keys of a built configuration."""
-    known = set(keys(config.to_dict(config.build({"task": {"name": "knowledge"}}))))
-    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.*) \|$", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    known, rows = set(keys(config.to_dict(config.build({"task": {"name": task}})))), rows_of(page, task)
     assert {key for key, _, _ in rows} == known and len(rows) == len(known)
     assert not [key for key, _, meaning in rows if not meaning], "say in a comment beside the field what it means"
 
 
-def test_documented_defaults_are_what_a_config_without_the_key_gets(page):
+@pytest.mark.parametrize("task", config.task_names())
+def test_documented_defaults_are_what_a_config_without_the_key_gets(page, task):
     """The page's defaults, given as overrides, change nothing."""
-    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \|", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    plain = {"task": {"name": "knowledge"}}
-    assert config.build(plain, [f"{key}={value}" for key, value in rows]) == config.build(plain)
+    plain = {"task": {"name": task}}
+    assert config.build(plain, [f"{key}={value}" for key, value, _ in rows_of(page, task)]) == config.build(plain)
 
 
 def test_differences_names_keys_and_commands_that_exist():
     text = (DOCS / "differences.md").read_text(encoding="utf-8")
-    known = set(keys(config.to_dict(config.build({"task": {"name": "knowledge"}}))))
+    known = {key for task in config.task_names() for key in keys(config.to_dict(config.build({"task": {"name": task}})))}
     sections = {key.split(".")[0] for key in known if "." in key}
     spans = [part for span in re.findall(r"`([^`]+)`", text) for part in ([span] if span.startswith("seal-jax") else span.split())]
     named = {span.split("=")[0] for span in spans if span.split(".")[0] in sections and "." in span}

@@ -22,7 +22,7 @@ from seal_jax.config import FitConfig, LoraConfig
 from seal_jax.fit import plan
 from seal_jax.fit import step as step_lib
 from seal_jax.models import lora as lora_lib
-from seal_jax.models.decoder import Decoder
+from seal_jax.models.decoder import Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 
 ADMIT = 8  # edits a shard whose initial adapters are made at once
@@ -242,7 +242,7 @@ class _Fit:
     """One call of `FitEngine.fit`: what is planned, what is on the mesh, and what was issued."""
 
     def __init__(self, engine: FitEngine, params: Any, jobs: Sequence[FitJob], seed: int):
-        self.engine, self.params, self.jobs, self.seed = engine, params, jobs, seed
+        self.engine, self.params, self.jobs, self.seed = engine, packed(params), jobs, seed
         self.mesh, self.sharding = engine.mesh, mesh_lib.edit_sharding(engine.mesh)
         self.shards = mesh_lib.shards(engine.mesh)
         self.orders = [

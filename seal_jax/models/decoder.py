@@ -27,6 +27,7 @@ REMAT = {
 
 
 QUERIES = 512  # tokens of a long row that attend at once: the square of all with all is never in memory, forward or backward
+PACKED = jnp.uint16  # see `packed`
 
 
 class Cache(NamedTuple):
@@ -109,41 +110,62 @@ class RMSNorm(nn.Module):
         return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def packed(params: Any) -> Any:
+    """The parameters as a CPU is fast with them: kernels of the layers in bfloat16 as integers of the same bits, all else as it is.
+
+    A CPU knows bfloat16 in products alone. A loop over layers that carries an array of it would carry the array converted to float32, made
+    anew at every step, and convert each layer's part back; integers are carried as they are.
+    """
+    if jax.default_backend() != "cpu" or params["layers"]["attn"]["q_proj"]["kernel"].dtype != jnp.bfloat16:
+        return params
+    return {**params, "layers": _pack(params["layers"])}
+
+
+@jax.jit
+def _pack(layers: Any) -> Any:
+    bits = lambda path, x: jax.lax.bitcast_convert_type(x, PACKED) if path[-1].key == "kernel" else x  # noqa: E731
+    return jax.tree_util.tree_map_with_path(bits, layers)
+
+
 def product(x: jax.Array, kernel: jax.Array, axis: int = 0) -> jax.Array:
     """x @ kernel, over the kernel's `axis`, with operands in the kernel's dtype; in the dtype of `x`."""
+    if kernel.dtype == PACKED:
+        kernel = jax.lax.bitcast_convert_type(kernel, jnp.bfloat16)
     return jax.lax.dot_general(x.astype(kernel.dtype), kernel, (((x.ndim - 1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
 
 
 @jax.custom_vjp
-def adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x @ kernel + x @ a @ b, for `x` [..., in], `a` [in, r] and `b` [r, out] in the dtype of `x`."""
-    return _adapted(x, kernel, a, b)[0]
+def projected(x: jax.Array, kernel: jax.Array, adapter: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """x @ kernel (+ x @ a @ b), for `x` [..., in], and the `adapter`'s `a` [in, r] and `b` [r, out] in the dtype of `x`."""
+    return _projected(x, kernel, adapter)[0]
 
 
-def _adapted(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, Any]:
-    low = x @ a
-    return product(x, kernel) + low @ b, (x, kernel, a, b, low)
+def _projected(x: jax.Array, kernel: jax.Array, adapter: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, Any]:
+    if adapter is None:
+        return product(x, kernel), (x, kernel, None, None)
+    low = x @ adapter[0]
+    return product(x, kernel) + low @ adapter[1], (x, kernel, adapter, low)
 
 
-def _adapted_backward(saved: Any, slope: jax.Array) -> tuple[jax.Array, ...]:
+def _projected_backward(saved: Any, slope: jax.Array) -> tuple[Any, ...]:
     """Automatic differentiation gives the same sums, but in an order for which the compiler makes `slope`, which is as large as the
-    activations, three times over, once of them transposed."""
-    x, kernel, a, b, low = saved
+    activations, three times over, once of them transposed. It would also keep the kernel unpacked, as if that were not a parameter."""
+    x, kernel, adapter, low = saved
     slope = jax.lax.optimization_barrier(slope)
-    if kernel.dtype != slope.dtype:  # on a CPU, which would convert the kernels of all layers before the first, at every step
-        kernel = jax.lax.optimization_barrier(kernel)
     flat = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
-    low_slope = product(slope, b, 1)
     over_rows = (((0,), (0,)), ((), ()))
-    return (
-        product(slope, kernel, 1) + product(low_slope, a, 1),
-        jax.lax.dot_general(flat(x), flat(slope), over_rows, preferred_element_type=jnp.float32).astype(kernel.dtype),
-        jax.lax.dot_general(flat(x), flat(low_slope), over_rows),
-        jax.lax.dot_general(flat(low), flat(slope), over_rows),
-    )
+    kernel_slope = None  # of a packed kernel, which is frozen
+    if kernel.dtype != PACKED:
+        kernel_slope = jax.lax.dot_general(flat(x), flat(slope), over_rows, preferred_element_type=jnp.float32).astype(kernel.dtype)
+    if adapter is None:
+        return product(slope, kernel, 1), kernel_slope, None
+    a, b = adapter
+    low_slope = product(slope, b, 1)
+    a_slope, b_slope = (jax.lax.dot_general(flat(y), flat(z), over_rows) for y, z in ((x, low_slope), (low, slope)))
+    return product(slope, kernel, 1) + product(low_slope, a, 1), kernel_slope, (a_slope, b_slope)
 
 
-adapted.defvjp(_adapted, _adapted_backward)
+projected.defvjp(_projected, _projected_backward)
 
 
 class Linear(nn.Module):
@@ -155,10 +177,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        adapter = None
         if self.has_variable("lora", "a"):
-            y = adapted(x, kernel, *(self.get_variable("lora", name).astype(x.dtype) for name in ("a", "b")))
-        else:
-            y = product(x, kernel)
+            adapter = self.get_variable("lora", "a").astype(x.dtype), self.get_variable("lora", "b").astype(x.dtype)
+        y = projected(x, kernel, adapter)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y

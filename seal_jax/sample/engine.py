@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.fit.plan import deal, padded_length
-from seal_jax.models.decoder import Decoder
+from seal_jax.models.decoder import Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode as device
 from seal_jax.sample.constraint import Constraint, guide
@@ -82,7 +82,7 @@ def generate(
     each = min(rows, max(len(queue) for queues in shards for queue in queues.values()))
     # No more than there are, but for a rounding that keeps the number of programs small.
     at_once = min(max(1, rows // each), _power_of_two(max(map(len, shards))))
-    model = _Model(decoder, mesh, params, tuple(stop), *_guide(requests, stop, decoder.spec.vocab_size, mesh))
+    model = _Model(decoder, mesh, packed(params), tuple(stop), *_guide(requests, stop, decoder.spec.vocab_size, mesh))
     for start in range(0, max(map(len, shards)), at_once):
         group: list[int | None] = []  # the adapters of the pool, as many from each shard
         for queues in shards:

@@ -9,6 +9,7 @@ import pytest
 
 from seal_jax.errors import SealError
 from seal_jax.models import decoder, embedded
+from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Cache, Decoder, empty_cache, head, logits, rope_frequencies
 from seal_jax.models.gguf import read_gguf
 from seal_jax.models.spec import from_hf, to_hf
@@ -169,6 +170,25 @@ def test_init_makes_the_tree_that_is_loaded(tiny, family):
     assert len(jax.tree.leaves(made)) == len(leaves(spec))
     for leaf in leaves(spec):
         assert get(made["params"], leaf.path).shape == leaf.shape
+
+
+def test_packed_kernels_change_no_value(tiny):
+    """A CPU's form of bfloat16 kernels: the same numbers, forward and in the slopes of adapters and inputs."""
+    model = tiny("qwen2")
+    assert decoder.packed(model.params) is model.params, "float32 stays as it is"
+    plain, net = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params), Decoder(model.spec, jnp.float32)
+    params = decoder.packed(plain)
+    assert get(params, ("layers", "attn", "q_proj", "kernel")).dtype == decoder.PACKED
+    lora = lora_lib.init(jax.random.key(0), model.spec, 2, ("q_proj", "down_proj"), 2)
+    lora = jax.tree.map(lambda x: x + 0.02, lora)  # b is zero at first, and a without slopes then
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+
+    def loss(lora, params):
+        return jnp.mean(jnp.sin(net.apply({"params": params, "lora": lora}, tokens)[0]))
+
+    (value, slopes), (expected, expected_slopes) = (jax.jit(jax.value_and_grad(loss))(lora, p) for p in (params, plain))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max()), slopes, expected_slopes)
 
 
 def test_remat_changes_memory_alone(tiny):
