@@ -13,7 +13,7 @@ from seal_jax.tasks.base import View
 
 COLORS = ("#000000", "#0074d9", "#ff4136", "#2ecc40", "#ffdc00", "#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25")
 UNKNOWN = "#ffffff"  # what is no colour
-CELL = 11  # pixels, at most
+CELL = 16  # pixels, at most
 SIDE = 176  # pixels of a grid, at most
 GRID = r"[0-9?/]*"
 

@@ -30,7 +30,7 @@ def config(tmp_path_factory, tiny_model, write_config):
     folder = tmp_path_factory.mktemp("arc")
     shutil.copytree(tiny_model, folder / "model")  # with room for the prompt, which is longer than the others' tests'
     settings = json.loads((folder / "model/config.json").read_text())
-    (folder / "model/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 1024}))
+    (folder / "model/config.json").write_text(json.dumps(settings | {"max_position_embeddings": 2048}))
     for split, (start, stop) in {"train": (0, 2), "validation": (4, 6)}.items():
         (folder / f"{split}_puzzles.json").write_text(json.dumps(puzzles(start, stop)))
     path = write_config(
@@ -49,7 +49,7 @@ def config(tmp_path_factory, tiny_model, write_config):
         rest_em={"rounds": 1, "contexts": 2, "edits": 2, "seeds": 1, "group": 2, "select": "top", "keep": 1},
         evaluate={"contexts": 2, "edits": 1, "seeds": 1, "resamples": 50, "group": 2},
     )
-    return config_lib.load(path, ["model.max_length=1024"])
+    return config_lib.load(path, ["model.max_length=1536"])
 
 
 @pytest.fixture(scope="module")
