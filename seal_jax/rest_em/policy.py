@@ -155,7 +155,10 @@ class Policy:
         return dataclasses.replace(self.config.fit, **training.fit)
 
     def _fit(self, engine: FitEngine, jobs: list[FitJob], what: str) -> Fitted:
-        total = sum(total_steps(job) * sum(len(s.ids) - 1 for s in job.sequences) // len(job.sequences) for job in jobs)
+        total = 0
+        for job in jobs:  # a last step of an epoch may be short of sequences
+            tokens, trained = sum(len(s.ids) - 1 for s in job.sequences), total_steps(job) * job.config.batch_size
+            total += min(job.config.epochs * tokens, trained * tokens // len(job.sequences))
         with bar(what, total, "tok") as progress:
             return engine.fit(self.params, jobs, seed=self.config.seed, progress=progress.update)
 
