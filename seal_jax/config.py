@@ -64,6 +64,8 @@ class FitConfig:
     batch_size: int = 1  # sequences an optimiser step
     max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
+    anchor: float = 0.0  # weight of half the squared L2 distance of all kernels from what they were before the edit
+    orthogonal: float = 0.0  # weight of half the squared products of the adapter's input directions with those of earlier edits (O-LoRA)
     slots: int | None = None  # edits held at once by each device along mesh.edit; null: as many as fit into its memory
     tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all the edits that it trains
     lengths: list[int] = dataclasses.field(default_factory=lambda: list(LENGTHS))  # padded lengths; each used one is a compilation
@@ -128,6 +130,37 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass
+class GateConfig:
+    """Whether an edit is kept, looked at before it is: what it does to items held back (as STABLE does, arXiv 2510.16089)."""
+
+    measure: str = "none"  # "none"; "answers" (fall of the share of earlier passages' questions answered right), or of the held texts
+    # "bits" (rise of bits per token) or "kl" (bits per token by which predictions have moved)
+    budget: float = 0.1  # the most that an edit may cost, in units of the measure
+    scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 0.5, 0.25])  # tried in order; the first within budget is kept
+
+
+@dataclasses.dataclass
+class MethodConfig:
+    """One way of learning passage after passage. All of them off: plain sequential editing."""
+
+    replay: int = 0  # training sequences of earlier passages that are trained on again with each new one
+    anchor: float = 0.0  # as fit.anchor
+    orthogonal: float = 0.0  # as fit.orthogonal
+    gate: GateConfig = dataclasses.field(default_factory=GateConfig)
+
+
+@dataclasses.dataclass
+class ContinualConfig:
+    """Continual self-edits: passage after passage is adapted into the weights, and all passages so far are asked again after each."""
+
+    sequences: int = 8  # of passages, all learnt at once
+    passages: int = 8  # of each sequence
+    # Each by a name of its own, beside plain "sequential" editing.
+    methods: dict[str, MethodConfig] = dataclasses.field(default_factory=lambda: {"sequential": MethodConfig()})
+    texts: str = "general"  # held texts about no passage: "general" (ours), or a file of texts
+
+
+@dataclasses.dataclass
 class GradeConfig:
     name: str = "match"  # "match" (offline), "judge" (a model of ours) or "endpoint" (an OpenAI-compatible server)
     threshold: float = 0.6  # match: the share of gold tokens that must be found
@@ -161,6 +194,7 @@ class RunConfig:
     m_step: MStepConfig = dataclasses.field(default_factory=MStepConfig)
     rest_em: RestEmConfig = dataclasses.field(default_factory=RestEmConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    continual: ContinualConfig = dataclasses.field(default_factory=ContinualConfig)
     grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -252,6 +286,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
     """Refuses unknown keys, as OmegaConf would but with the nearest name, and what is no mapping, list or value where one is due."""
+    if schema._metadata.object_type is dict:  # sections of one type, under names that the user chooses
+        section = schema._metadata.element_type
+        schema = OmegaConf.create({key: OmegaConf.structured(section) for key in given})
     for key in given:
         full = f"{prefix}{key}"
         if key not in schema:
@@ -281,6 +318,7 @@ CHOICES = {
     "rest_em.select": ("best", "top", "gain", "right"),
     "grade.name": ("match", "judge", "endpoint"),
 }
+GATES = ("none", "answers", "bits", "kl")
 AT_LEAST = {
     "model.max_length": 16,
     "fit.lora.rank": 1,
@@ -293,6 +331,8 @@ AT_LEAST = {
     "fit.stop.loss": 0.0,
     "fit.stop.gain": 0.0,
     "fit.stop.patience": 1,
+    "fit.anchor": 0.0,
+    "fit.orthogonal": 0.0,
     "fit.max_grad_norm": 0.0,
     "m_step.lora.rank": 1,
     "m_step.learning_rate": 0.0,
@@ -318,6 +358,8 @@ AT_LEAST = {
     "evaluate.seeds": 1,
     "evaluate.resamples": 1,
     "evaluate.group": 1,
+    "continual.sequences": 1,
+    "continual.passages": 2,
     "grade.concurrency": 1,
     "grade.retries": 0,
     "seed": 0,
@@ -351,8 +393,21 @@ def _check_values(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.slots={config.fit.slots}: expected at least 1, or null for as many as fit")
     if config.mesh.edit != -1 and config.mesh.edit < 1:
         raise SealError(f"{where}: mesh.edit={config.mesh.edit}: expected at least 1, or -1 for all devices that are left")
+    for name, method in config.continual.methods.items():
+        _check_method(method, f"{where}: continual.methods.{name}")
     for key in ("fit.lora.targets", "m_step.lora.targets"):
         targets = _value(config, key)
         unknown = [t for t in targets if t not in LINEAR]
         if unknown or not targets:
             raise SealError(f"{where}: {key}={targets}: expected some of {', '.join(LINEAR)}")
+
+
+def _check_method(method: MethodConfig, where: str) -> None:
+    gate = method.gate
+    if gate.measure not in GATES:
+        raise SealError(f"{where}.gate.measure={gate.measure!r}: expected one of {', '.join(GATES)}")
+    if not gate.scales or not all(0 < x <= 1 for x in gate.scales) or sorted(gate.scales, reverse=True) != list(gate.scales):
+        raise SealError(f"{where}.gate.scales={gate.scales}: expected numbers above 0 and at most 1, the largest first")
+    for key, value in (("replay", method.replay), ("anchor", method.anchor), ("orthogonal", method.orthogonal), ("gate.budget", gate.budget)):
+        if not value >= 0:
+            raise SealError(f"{where}.{key}={value}: expected at least 0")

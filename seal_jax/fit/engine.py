@@ -41,11 +41,15 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class FitJob:
-    """One edit to fit. `key` names its random draws (`seal_jax.rng`): the initial adapter and the epoch orders."""
+    """One edit to fit. `key` names its random draws (`seal_jax.rng`): the initial adapter and the epoch orders.
+
+    `held`: which of the held adapters of `FitEngine.fit` it stands on, where that is given any.
+    """
 
     key: tuple[str | int, ...]
     sequences: tuple[Tokens, ...]
     config: FitConfig
+    held: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Fitted:
     lora: Any  # leaves [E, ...] float32, E >= J, dealt out over the shards
     places: np.ndarray  # [J] int, where in E each job's adapter is; the other entries are padding
     scale: np.ndarray  # [E] float32, alpha / rank
+    held: np.ndarray  # [E] int32, which of its shard's held adapters each stands on
     losses: list[np.ndarray]  # per job, the mean loss over labels in nats of each optimiser step taken, float32
     waste: plan.Waste
 
@@ -62,14 +67,16 @@ class Fitted:
 # --- Device programs -----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
-def _step(decoder: Decoder, chunk: int, mesh: Mesh, params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
+def _step(
+    decoder: Decoder, chunk: int, mesh: Mesh, penalised: bool, params: Any, held: Any, state: step_lib.FitState, batch: step_lib.Batch
+) -> Any:
     """`step` on every shard. The report is the same everywhere: every process reads all of it."""
 
-    def one(params: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
-        return step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh))
+    def one(params: Any, held: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
+        return step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh), held, penalised)
 
-    state, report = mesh_lib.over_edits(one, mesh, (False, True, True))(params, state, batch)
+    state, report = mesh_lib.over_edits(one, mesh, (False, True, True, True))(params, held, state, batch)
     return _placed(state, mesh), jax.lax.with_sharding_constraint(report, mesh_lib.everywhere(mesh))
 
 
@@ -91,6 +98,17 @@ def _collect(mesh: Mesh, out: Any, lora: Any, slots: jax.Array, places: jax.Arra
 
     where = mesh_lib.adapter_shardings(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), out))
     return jax.lax.with_sharding_constraint(mesh_lib.over_edits(one, mesh, (True,) * 4)(out, lora, slots, places), where)
+
+
+_scaled = jax.jit(jax.vmap(lora_lib.scaled), donate_argnums=(0,))
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _joined(mesh: Mesh, held: Any, lora: Any, index: jax.Array) -> Any:
+    def one(held: Any, lora: Any, index: jax.Array) -> Any:
+        return lora_lib.concatenate([jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), held), lora])
+
+    return mesh_lib.over_edits(one, mesh, (True, True, True))(held, lora, index)
 
 
 @functools.cache
@@ -164,7 +182,17 @@ def hyper(jobs: Sequence[FitJob]) -> step_lib.Hyper:
         stop_loss=f32([x.stop.loss for x in c]),
         stop_gain=f32([x.stop.gain for x in c]),
         patience=i32([x.stop.patience for x in c]),
+        anchor=f32([x.anchor for x in c]),
+        orthogonal=f32([x.orthogonal for x in c]),
     )
+
+
+def collection(fitted: Fitted, mesh: Mesh, held: Any = None) -> Any:
+    """The fitted adapters as the decoder applies them, [E, ...]: scale folded in, each with the `held` one (of the same targets) that it
+    was fitted on. `fitted.lora` is used up."""
+    edits = mesh_lib.edit_sharding(mesh)
+    lora = _scaled(fitted.lora, mesh_lib.put(fitted.scale, edits))
+    return lora if held is None else _joined(mesh, held, lora, mesh_lib.put(fitted.held, edits))
 
 
 class FitEngine:
@@ -191,14 +219,21 @@ class FitEngine:
         self.slots, self.tokens_per_step, self.lengths = slots, tokens_per_step, tuple(lengths)
         self.batch_size, self.microbatch = batch_size, min(microbatch or batch_size, batch_size)
 
-    def fit(self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, progress: Callable[[int], None] | None = None) -> Fitted:
+    def fit(
+        self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[[int], None] | None = None
+    ) -> Fitted:
         """Fits every job from a fresh adapter. `progress` is called with the number of real tokens of each step that ended.
 
+        `held`: adapters stacked [H, ...] with their scale folded in (`models.lora.scaled`), of any rank, dealt out over the shards of the
+        mesh; each job is fitted on top of the one that it names, as if that were merged into the weights, and on its shard.
         Raises ValueError for a job without sequences or with another rank, targets or batch size than the engine's.
         """
+        count = 0 if held is None else jax.tree.leaves(held)[0].shape[0]
         for job in jobs:
             self._check(job)
-        return _Fit(self, params, jobs, seed).run(progress)
+            if not 0 <= job.held < max(count, 1):
+                raise ValueError(f"job {job.key}: held adapter {job.held} of {count}")
+        return _Fit(self, params, jobs, seed, held).run(progress)
 
     def abstract_state(self, slots: int) -> step_lib.FitState:
         """The state of `slots` slots a shard: shapes, dtypes and shardings, no arrays."""
@@ -215,7 +250,7 @@ class FitEngine:
         kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
         edits = mesh_lib.edit_sharding(self.mesh)
         batch = step_lib.Batch(*(_abstract(jax.ShapeDtypeStruct(*kind), edits) for kind in kinds))
-        return _step.trace(self.decoder, LOSS_POSITIONS, self.mesh, params, self.abstract_state(slots), batch)
+        return _step.trace(self.decoder, LOSS_POSITIONS, self.mesh, False, params, None, self.abstract_state(slots), batch)
 
     def lower(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Lowered:
         """`trace`, lowered for the devices of the mesh."""
@@ -241,8 +276,9 @@ class _Issued(NamedTuple):
 class _Fit:
     """One call of `FitEngine.fit`: what is planned, what is on the mesh, and what was issued."""
 
-    def __init__(self, engine: FitEngine, params: Any, jobs: Sequence[FitJob], seed: int):
-        self.engine, self.params, self.jobs, self.seed = engine, packed(params), jobs, seed
+    def __init__(self, engine: FitEngine, params: Any, jobs: Sequence[FitJob], seed: int, held: Any):
+        self.engine, self.params, self.jobs, self.seed, self.held = engine, packed(params), jobs, seed, held
+        self.penalised = any(job.config.anchor > 0 or job.config.orthogonal > 0 for job in jobs)
         self.mesh, self.sharding = engine.mesh, mesh_lib.edit_sharding(engine.mesh)
         self.shards = mesh_lib.shards(engine.mesh)
         self.orders = [
@@ -255,7 +291,8 @@ class _Fit:
             [plan.padded_length(max(len(job.sequences[i].ids) - 1 for i in step), engine.lengths) for step in order]
             for job, order in zip(jobs, self.orders, strict=True)
         ]
-        shard_of = plan.deal([sum(steps) for steps in lengths], self.shards)
+        self.of_shard = 1 if held is None else jax.tree.leaves(held)[0].shape[0] // self.shards  # held adapters
+        shard_of = plan.deal([sum(steps) for steps in lengths], self.shards) if held is None else [j.held // self.of_shard for j in jobs]
         number = [0] * self.shards  # adapters a shard
         self.places = np.zeros(len(jobs), int)
         for job, shard in enumerate(shard_of):
@@ -286,9 +323,9 @@ class _Fit:
                         self._look(pending.popleft(), early, progress)
         while pending:
             self._look(pending.popleft(), False, progress)
-        scale = np.zeros(self.shards * self.room, np.float32)
-        scale[self.places] = self.hyper.scale
-        return Fitted(self.out, self.places, scale, self._losses(issued), self.waste)
+        scale, held = np.zeros(self.shards * self.room, np.float32), np.zeros(self.shards * self.room, np.int32)
+        scale[self.places], held[self.places] = self.hyper.scale, [job.held % self.of_shard for job in self.jobs]
+        return Fitted(self.out, self.places, scale, held, self._losses(issued), self.waste)
 
     def _look(self, step: _Issued, early: bool, progress: Callable[[int], None] | None) -> None:
         """Waits for a step. Edits that ended in it leave the schedule: always after the same number of steps, so that runs repeat."""
@@ -336,13 +373,18 @@ class _Fit:
         self.waste.slots, self.waste.tokens = self.waste.slots + batch.inputs.size, self.waste.tokens + real
         self.waste.steps += 1
         batch = mesh_lib.put(batch, self.sharding)
-        self.state, report = _step(self.engine.decoder, LOSS_POSITIONS, self.mesh, self.params, self.state, batch)
+        self.state, report = _step(
+            self.engine.decoder, LOSS_POSITIONS, self.mesh, self.penalised, self.params, self.held, self.state, batch
+        )
         return _Issued(action, where, report, real)
 
     def _batch(self, action: plan.Step) -> tuple[step_lib.Batch, np.ndarray, int]:
         """The step's arrays, the row of each of its edits, and how many of the token slots are real."""
         batch_size, microbatch = self.engine.batch_size, self.engine.microbatch
         where, local = self._spread(action.slots, self.slots, action.rows)
+        held = None if self.held is None else np.zeros(len(local), np.int32)
+        if held is not None:
+            held[where] = [self.jobs[edit].held % self.of_shard for edit in action.edits]
         shape = (len(local), batch_size, action.length)
         inputs, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         real = 0
@@ -356,7 +398,7 @@ class _Fit:
         split = (len(local), -(-batch_size // microbatch), microbatch, action.length)
         short = split[1] * split[2] - batch_size
         arrays = [np.pad(x, ((0, 0), (0, short), (0, 0))).reshape(split) for x in (inputs, targets, weights)]
-        return step_lib.Batch(local, *arrays), where, real
+        return step_lib.Batch(local, *arrays, held), where, real
 
     def _losses(self, issued: Sequence[_Issued]) -> list[np.ndarray]:
         losses = [np.full(len(order), -1.0, np.float32) for order in self.orders]

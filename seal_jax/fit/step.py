@@ -34,6 +34,8 @@ class Hyper(NamedTuple):
     stop_loss: jax.Array  # float32, see `seal_jax.config.StopConfig`
     stop_gain: jax.Array  # float32
     patience: jax.Array  # int32
+    anchor: jax.Array  # float32, see `penalty`
+    orthogonal: jax.Array  # float32
 
 
 class Progress(NamedTuple):
@@ -68,6 +70,7 @@ class Batch(NamedTuple):
     inputs: jax.Array  # [M, A, B, L] int32
     targets: jax.Array  # [M, A, B, L] int32, the token after each input
     weights: jax.Array  # [M, A, B, L] float32
+    held: jax.Array | None = None  # [M] int32, which of the held adapters each edit stands on, where there are any
 
 
 def learning_rate(hyper: Hyper, step: jax.Array) -> jax.Array:
@@ -93,25 +96,46 @@ def watch(hyper: Hyper, progress: Progress, step: jax.Array, loss: jax.Array) ->
     return jax.tree.map(lambda a, b: jnp.where(over, a, b), after, progress._replace(total=total))
 
 
+def penalty(hyper: Hyper, lora: Any, held: Any) -> jax.Array:
+    """What keeps an edit from undoing what was learnt before; added to the loss.
+
+    `anchor` weighs half the squared Frobenius norm of what the adapter adds to all the kernels: the L2 distance from the weights before,
+    of the product a @ b and not of its factors. `orthogonal` weighs half the squared products of the columns of `a` with those of the held
+    adapter's: edits read other directions of the input than earlier ones (O-LoRA, Wang et al. 2023).
+    """
+
+    def of(adapter: Any, before: Any) -> jax.Array:
+        if "a" not in adapter:
+            return sum(of(part, before.get(name, {})) for name, part in adapter.items())
+        a, b = adapter["a"], adapter["b"]
+        added = jnp.einsum("nir,nis->nrs", a, a) * jnp.einsum("nro,nso->nrs", b, b)  # the trace of (a @ b)^T (a @ b), without that product
+        cost = hyper.anchor * hyper.scale**2 * jnp.sum(added)
+        if "a" in before:
+            cost += hyper.orthogonal * jnp.sum(jnp.einsum("nir,nis->nrs", before["a"], a) ** 2)
+        return 0.5 * cost
+
+    return of(lora, held or {})
+
+
 def adapter_loss(
-    decoder: Decoder, chunk: int, lora: Any, scale: jax.Array, params: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array
+    decoder: Decoder, chunk: int, lora: Any, scale: jax.Array, before: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Summed weighted loss of one adapter on one microbatch [B, L]."""
-    hidden, _ = decoder.apply({"params": params, "lora": lora_lib.scaled(lora, scale)}, inputs)
+    """Summed weighted loss of one adapter on one microbatch [B, L]. `before`: the frozen collections, `params` and perhaps `held`."""
+    hidden, _ = decoder.apply({**before, "lora": lora_lib.scaled(lora, scale)}, inputs)
     with jax.named_scope("loss"):
-        return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head(params), targets.ravel(), weights.ravel(), chunk)
+        return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head(before["params"]), targets.ravel(), weights.ravel(), chunk)
 
 
-def gradient(decoder: Decoder, chunk: int, params: Any, lora: Any, scale: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
+def gradient(decoder: Decoder, chunk: int, before: Any, lora: Any, scale: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
     """The mean loss over the labels of one adapter's batch, and its gradient; microbatches [A, ...] are added up."""
     gradient_of = jax.value_and_grad(lambda *args: adapter_loss(decoder, chunk, *args))
     arrays = (batch.inputs, batch.targets, batch.weights)  # [A, B, L]
     if batch.inputs.shape[0] == 1:
-        loss, summed = gradient_of(lora, scale, params, *(x[0] for x in arrays))
+        loss, summed = gradient_of(lora, scale, before, *(x[0] for x in arrays))
     else:
 
         def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient_of(lora, scale, params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient_of(lora, scale, before, *part)), None
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
         (loss, summed), _ = jax.lax.scan(accumulate, zero, arrays)
@@ -119,10 +143,18 @@ def gradient(decoder: Decoder, chunk: int, params: Any, lora: Any, scale: jax.Ar
     return loss / labels, jax.tree.map(lambda g: g / labels, summed)
 
 
-def update(decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Batch) -> tuple[FitState, Report]:
-    """One optimiser step of one adapter: gradient of the mean loss, clip, AdamW. An edit that has ended stays as it is."""
+def update(
+    decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Batch, held: Any = None, penalised: bool = False
+) -> tuple[FitState, Report]:
+    """One optimiser step of one adapter: gradient of the mean loss, clip, AdamW. An edit that has ended stays as it is.
+
+    `held` (or None): the adapter on which this one stands. `penalised`: whether any edit has a `penalty`, which the reported loss leaves out.
+    """
     hyper, moments = edit.hyper, edit.moments
-    loss, slope = gradient(decoder, chunk, params, edit.lora, hyper.scale, batch)
+    before = {"params": params} if held is None else {"params": params, "held": held}
+    loss, slope = gradient(decoder, chunk, before, edit.lora, hyper.scale, batch)
+    if penalised:
+        slope = jax.tree.map(jnp.add, slope, jax.grad(penalty, argnums=1)(hyper, edit.lora, held))
     rate = learning_rate(hyper, moments.count)
     clip = jnp.where(hyper.max_grad_norm > 0, hyper.max_grad_norm, jnp.inf)
     factor = jnp.minimum(1.0, clip / (optax.global_norm(slope) + 1e-6))
@@ -133,10 +165,16 @@ def update(decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Bat
     return new, Report(jnp.where(edit.progress.ended, -1.0, loss), new.progress.ended)
 
 
-def step(decoder: Decoder, chunk: int, params: Any, state: FitState, batch: Batch) -> tuple[FitState, Report]:
-    """One optimiser step of the M edits that `batch` names; the other slots are untouched."""
-    edits = jax.tree.map(lambda x: jnp.take(x, batch.slots, axis=0, mode="clip"), state)
-    edits, report = jax.vmap(lambda edit, part: update(decoder, chunk, params, edit, part))(edits, batch)
+def step(
+    decoder: Decoder, chunk: int, params: Any, state: FitState, batch: Batch, held: Any = None, penalised: bool = False
+) -> tuple[FitState, Report]:
+    """One optimiser step of the M edits that `batch` names; the other slots are untouched.
+
+    `held`: adapters stacked [H, ...] with their scale folded in, among which `batch.held` chooses; None: there are none.
+    """
+    take = lambda tree, index: jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), tree)  # noqa: E731
+    edits, bases = take(state, batch.slots), take(held, batch.held)
+    edits, report = jax.vmap(lambda edit, part, base: update(decoder, chunk, params, edit, part, base, penalised))(edits, batch, bases)
     return jax.tree.map(lambda old, new: old.at[batch.slots].set(new, mode="drop"), state, edits), report
 
 

@@ -1,8 +1,9 @@
 """The decoder of Llama 2/3, SmolLM2, Qwen2/2.5 and Qwen3 as pure Flax Linen modules.
 
-Two variable collections: `params` is frozen and shared by every edit; `lora` holds an adapter, and only the projections that it names
-get one (`seal_jax.models.lora`). Many adapters at once are a `jax.vmap` over `lora`, tokens and cache with `params` unmapped: the frozen
-products then merge the edits into rows, and only the low-rank products stay batched.
+Variable collections: `params` is frozen and shared by every edit; `lora` holds an adapter, and only the projections that it names
+get one (`seal_jax.models.lora`); `held`, where there is one, an adapter of the same kind that came before and stays as it is. Many
+adapters at once are a `jax.vmap` over `lora`, `held`, tokens and cache with `params` unmapped: the frozen products then merge the edits
+into rows, and only the low-rank products stay batched.
 
 Device code: arrays in, arrays out. Shapes: B rows, T tokens, D hidden, V vocabulary, N layers, H heads, G key-value heads, h head width,
 S cache positions.
@@ -169,7 +170,7 @@ projected.defvjp(_projected, _projected_backward)
 
 
 class Linear(nn.Module):
-    """x @ kernel (+ bias) (+ x @ a @ b, if the collection `lora` holds this projection). Compute dtype: that of `x`."""
+    """x @ kernel (+ bias) (+ x @ a @ b, if the collection `lora` has this projection, and again for `held`). Compute dtype: that of `x`."""
 
     features: int
     use_bias: bool = False
@@ -181,6 +182,8 @@ class Linear(nn.Module):
         if self.has_variable("lora", "a"):
             adapter = self.get_variable("lora", "a").astype(x.dtype), self.get_variable("lora", "b").astype(x.dtype)
         y = projected(x, kernel, adapter)
+        if self.has_variable("held", "a"):
+            y = y + (x @ self.get_variable("held", "a").astype(x.dtype)) @ self.get_variable("held", "b").astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
@@ -271,7 +274,7 @@ class Decoder(nn.Module):
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         layers = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, "held": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=self.spec.num_layers,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seal_jax.models.spec import DecoderSpec
 
@@ -78,6 +79,19 @@ def scaled(lora: Any, scale: jax.Array | float) -> Any:
         return leaf * scale if path[-1].key == "b" else leaf
 
     return jax.tree_util.tree_map_with_path(multiply, lora)
+
+
+def concatenate(adapters: Sequence[Any]) -> Any:
+    """Adapters as one of the summed ranks: a1 @ b1 + a2 @ b2 = [a1 a2] @ [b1; b2]. With scales folded in, or of equal alpha / rank.
+
+    Leaves may be stacked [E, ...] over edits, and be numpy or JAX arrays.
+    """
+
+    def join(path: tuple[Any, ...], *parts: Any) -> Any:
+        library = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+        return library.concatenate(parts, axis=-1 if path[-1].key == "a" else -2)
+
+    return jax.tree_util.tree_map_with_path(join, *adapters)
 
 
 def merge(params: Any, lora: Any, scale: jax.Array | float) -> Any:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any
-
-import jax
-import numpy as np
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.models import hf, load, peft
+from seal_jax.models import lora as lora_lib
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint
@@ -42,19 +39,10 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
             raise SealError(f"{folder}: up to round {number} no self-edit was kept, so there is no adapter")
         found = [checkpoint.load_adapters(folder / "policy" / str(n)) for n in learnt]
         rank, alpha = (sum(metadata[key] for _, metadata in found) for key in ("rank", "alpha"))
-        peft.save_adapter(output, concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
+        peft.save_adapter(output, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
         return output
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
         loop.restore(policy, store, before)
     hf.save_folder(output, policy.decoder.spec, policy.params, policy.tokenizer)
     return output
-
-
-def concatenate(adapters: list[dict[str, Any]]) -> dict[str, Any]:
-    """Adapters of equal alpha / rank as one of the summed ranks: a1 @ b1 + a2 @ b2 = [a1 a2] @ [b1; b2]."""
-
-    def join(path: tuple[Any, ...], *parts: np.ndarray) -> np.ndarray:
-        return np.concatenate(parts, axis=2 if path[-1].key == "a" else 1)  # a [N, in, r], b [N, r, out]
-
-    return jax.tree_util.tree_map_with_path(join, *adapters)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from seal_jax import rng
 from seal_jax.config import FitConfig, RunConfig
-from seal_jax.fit import memory
-from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, adapter_shapes, total_steps
+from seal_jax.fit import likelihood, memory
+from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, adapter_shapes, collection, total_steps
 from seal_jax.fit.plan import padded_length
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
@@ -24,6 +24,7 @@ from seal_jax.models.load import Model, activation_dtype
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
+from seal_jax.parallel.cost import shard_bytes
 from seal_jax.progress import bar
 from seal_jax.sample import engine as sample
 from seal_jax.sample.constraint import for_schema
@@ -32,24 +33,27 @@ from seal_jax.tasks.base import Prompt, TrainingSet, TrainSequence
 Key = tuple[str | int, ...]
 
 
-_scaled = jax.jit(jax.vmap(lora_lib.scaled), donate_argnums=(0,))
-
-
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """A training set to fit, under the key of its random draws, and the prompts that the adapted model then answers."""
+    """A training set to fit, under the key of its random draws, and the prompts that the adapted model then answers.
+
+    `held`: which of the held adapters it is fitted on top of, where there are any.
+    """
 
     key: Key
     training: TrainingSet
-    probes: tuple[Prompt, ...]
+    probes: tuple[Prompt, ...] = ()
+    held: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What came of an `Edit`: an answer to each probe, and the loss in nats per token of every optimiser step."""
+    """What came of an `Edit`: an answer to each probe, the loss in nats per token of every optimiser step, and, where held texts were given,
+    the bits per token that these then take."""
 
     outputs: tuple[str, ...]
     losses: np.ndarray
+    bits: float | None = None
 
 
 class Policy:
@@ -99,18 +103,28 @@ class Policy:
             done = sample.generate(self.decoder, self.params, requests, **options)
         return [self.tokenizer.decode(g.tokens) for g in done]
 
-    def write(self, prompts: Sequence[Prompt], keys: Sequence[Sequence[Key]], what: str = "writing self-edits") -> list[list[str]]:
-        """Self-edits: for each prompt one sample a key, drawn as `config.sample` says, in the form of the prompt's schema."""
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        keys: Sequence[Sequence[Key]],
+        what: str = "writing self-edits",
+        lora: Any = None,
+        places: Sequence[int] | None = None,
+    ) -> list[list[str]]:
+        """Self-edits: for each prompt one sample a key, drawn as `config.sample` says, in the form of the prompt's schema.
+
+        They are written by the bare policy, or for each prompt by the adapter at its place in `lora` (stacked, scale folded in).
+        """
         c = self.config.sample
         requests = []
-        for prompt, candidates in zip(prompts, keys, strict=True):
+        for prompt, candidates, adapter in zip(prompts, keys, [0] * len(prompts) if places is None else places, strict=True):
             ids = tuple(self.tokenizer.encode_prompt(prompt))
             limit = min(c.max_tokens, self.max_length - len(ids))
             form = for_schema(prompt.schema, self.tokenizer.token_bytes) if prompt.schema is not None and c.constrained else None
             for key in candidates:
                 words = tuple(rng.words(self.config.seed, *key, "sample").tolist())
-                requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words, constraint=form))
-        texts = iter(self._generate(requests, c.rows, None, what))
+                requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words, int(adapter), form))
+        texts = iter(self._generate(requests, c.rows, lora, what))
         return [[next(texts) for _ in candidates] for candidates in keys]
 
     def answer(
@@ -128,39 +142,62 @@ class Policy:
         # A question longer than the context keeps its end, where the question stands.
         return sample.Request(tuple(ids[-(self.max_length - 1) :]), min(limit, max(1, self.max_length - len(ids))), adapter=adapter)
 
-    def adapt(self, edits: Sequence[Edit], what: str = "") -> list[Adapted]:
-        """Fits an adapter for every edit, all at once, and has each adapted model answer its probes."""
+    def fit(self, edits: Sequence[Edit], what: str = "", held: Any = None) -> Fitted:
+        """Fits an adapter for every edit, all at once; with `held` (stacked, scale folded in) each on top of the one that it names."""
+        jobs = [FitJob(e.key, self.tokenise(e.training), self._fit_config(e.training), e.held) for e in edits]
+        return self._fit(self._engine(self.config.fit.slots or self._slots(jobs, held)), jobs, f"fitting{what}", held)
+
+    def adapt(self, edits: Sequence[Edit], what: str = "", held: Any = None, texts: likelihood.Texts | None = None) -> list[Adapted]:
+        """`fit`, and what each adapted model then answers to its probes; with `texts`, how likely it finds these."""
         if not edits:
             return []
-        jobs = [FitJob(e.key, self.tokenise(e.training), self._fit_config(e.training)) for e in edits]
-        fitted = self._fit(self._engine(self.config.fit.slots or self._slots(jobs)), jobs, f"fitting{what}")
-        lora = _scaled(fitted.lora, mesh_lib.put(fitted.scale, mesh_lib.edit_sharding(self.mesh)))
+        fitted = self.fit(edits, what, held)
+        lora = collection(fitted, self.mesh, held)
         outputs = self.answer([e.probes for e in edits], lora, fitted.places, f"answering{what}")
-        return [Adapted(tuple(o), losses) for o, losses in zip(outputs, fitted.losses, strict=True)]
+        bits = [None] * len(edits) if texts is None else self.bits(texts, lora)[fitted.places].tolist()
+        return [Adapted(tuple(o), losses, b) for o, losses, b in zip(outputs, fitted.losses, bits, strict=True)]
+
+    # --- held texts -------------------------------------------------------------------------------------------------
+
+    def texts(self, texts: Sequence[str]) -> likelihood.Texts:
+        """Texts to measure likelihood on, each cut at the model's `max_length`."""
+        return likelihood.texts_of([self.tokenizer.encode(text)[: self.max_length] for text in texts])
+
+    def bits(self, texts: likelihood.Texts, lora: Any = None) -> np.ndarray:
+        """Bits per token of the texts under each adapted model of `lora` (stacked [E, ...], scale folded in), or the bare policy: [E]."""
+        return likelihood.mean_nll(self.decoder, self.params, lora, texts, self.mesh) / np.log(2)
+
+    def divergence(self, texts: likelihood.Texts, before: Any, after: Any) -> np.ndarray:
+        """Bits per token by which each model of `after` has moved from that of `before`, KL(before || after): [E]."""
+        return likelihood.divergence(self.decoder, self.params, before, after, texts, self.mesh) / np.log(2)
+
+    # --- slots and jobs ---------------------------------------------------------------------------------------------
 
     def _engine(self, slots: int) -> FitEngine:
         c = self.config.fit
         options = {"tokens_per_step": c.tokens_per_step, "batch_size": c.batch_size, "lengths": tuple(c.lengths), "mesh": self.mesh}
         return FitEngine(self.decoder, c.lora, slots=slots, **options)
 
-    def _slots(self, jobs: Sequence[FitJob]) -> int:
+    def _slots(self, jobs: Sequence[FitJob], held: Any) -> int:
         """As many as fit: asked of the compiler, once for jobs of about the same number and length."""
         length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(self.config.fit.lengths))
         edits = 8 * -(-len(jobs) // (8 * mesh_lib.shards(self.mesh)))
         if (length, edits) not in self._slots_of:
-            self._slots_of[length, edits] = processes.share(memory.slots_that_fit(self._engine(1), self.params, length, edits))
+            beside = shard_bytes(held)
+            found = memory.slots_that_fit(self._engine(1), self.params, length, edits, held=beside)
+            self._slots_of[length, edits] = processes.share(found)
         return self._slots_of[length, edits]
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)
 
-    def _fit(self, engine: FitEngine, jobs: list[FitJob], what: str) -> Fitted:
+    def _fit(self, engine: FitEngine, jobs: list[FitJob], what: str, held: Any = None) -> Fitted:
         total = 0
         for job in jobs:  # a last step of an epoch may be short of sequences
             tokens, trained = sum(len(s.ids) - 1 for s in job.sequences), total_steps(job) * job.config.batch_size
             total += min(job.config.epochs * tokens, trained * tokens // len(job.sequences))
         with bar(what, total, "tok") as progress:
-            return engine.fit(self.params, jobs, seed=self.config.seed, progress=progress.update)
+            return engine.fit(self.params, jobs, seed=self.config.seed, held=held, progress=progress.update)
 
     # --- the M-step -------------------------------------------------------------------------------------------------
 

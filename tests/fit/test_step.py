@@ -19,7 +19,7 @@ PEFT_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 def hyper(count, **changes):
     """Hyperparameters of `count` edits; a change is a number for all or one for each."""
     defaults = {"learning_rate": 1e-2, "schedule": 1, "warmup_steps": 0, "total_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0}
-    defaults |= {"epoch_steps": 5, "stop_loss": 0.0, "stop_gain": 0.0, "patience": 1}
+    defaults |= {"epoch_steps": 5, "stop_loss": 0.0, "stop_gain": 0.0, "patience": 1, "anchor": 0.0, "orthogonal": 0.0}
     types = dict.fromkeys(("schedule", "warmup_steps", "total_steps", "epoch_steps", "patience"), np.int32)
     values = {**defaults, "scale": 2.0, **changes}
     return Hyper(**{name: np.broadcast_to(np.asarray(v, types.get(name, np.float32)), count) for name, v in values.items()})
