@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     configured(command("train", train, "run ReST-EM and print the result table; goes on with a run that was stopped"))
     text = "print the result table of a config's model as it is, or of a run's policy after its last finished round"
     configured(command("evaluate", evaluate, f"{text} (in a folder of its own, RUN-evaluate or run_dir=...)"))
+    text = "learn passage after passage and print how earlier ones are forgotten, by method"
+    configured(command("continual", continual, f"{text} (of a run: in a folder of its own, RUN-continual or run_dir=...)"))
     made = configured(command("generate", generate, "write self-edits and print them as JSON lines, nothing trained"))
     made.add_argument("--split", default="validation", choices=("train", "validation"))
     made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
@@ -146,22 +148,35 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    settings, trained = _measured(arguments, "evaluate")
+    from seal_jax.rest_em import loop
+
+    _finish(settings.run_dir, loop.evaluate_only(settings, trained))
+
+
+def continual(arguments: argparse.Namespace) -> None:
+    settings, trained = _measured(arguments, "continual")
+    from seal_jax.experiments import continual as experiment
+
+    _finish(settings.run_dir, experiment.run(settings, trained))
+
+
+def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, pathlib.Path | str | None]:
+    """The config of a command that measures, and the run whose policy it measures, if any: then in a folder of its own."""
     settings, run, chosen = _config(arguments)
     trained = None
     if run is not None:
         from seal_jax.runs.store import RunStore
 
         store = RunStore(run)
-        if store.has("origin") and not chosen:  # an evaluation, to go on with
+        if store.has("origin") and not chosen:  # such a measurement, to go on with
             trained = store.read("origin")["run"]
         elif store.has("rounds/1/m_step") or chosen:
             trained = run
             if not chosen:
-                settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-evaluate")
-    _start(f"seal-jax evaluate: {settings.name}, run folder {settings.run_dir}")
-    from seal_jax.rest_em import loop
-
-    _finish(settings.run_dir, loop.evaluate_only(settings, trained))
+                settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-{command}")
+    _start(f"seal-jax {command}: {settings.name}, run folder {settings.run_dir}")
+    return settings, trained
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -158,6 +158,7 @@ class ContinualConfig:
     # Each by a name of its own, beside plain "sequential" editing.
     methods: dict[str, MethodConfig] = dataclasses.field(default_factory=lambda: {"sequential": MethodConfig()})
     texts: str = "general"  # held texts about no passage: "general" (ours), or a file of texts
+    beside: list[str] = dataclasses.field(default_factory=list)  # published matrices of the original's, as lines beside ours
 
 
 @dataclasses.dataclass

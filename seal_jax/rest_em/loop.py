@@ -233,6 +233,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """The whole run; returns its table. Continues a run folder of the same configuration."""
     with open_run(config) as store:
         refuse_evaluation(store, "train")
+        claim(store, "train")
         stage = build(config, ("train", "validation"))
         evaluations = {}
         if config.evaluate.during_training:
@@ -258,26 +259,44 @@ def refuse_evaluation(store: RunStore, what: str) -> None:
         raise SealError(f"{store.folder}: holds an evaluation of {store.read(ORIGIN)['run']}; {what} that run")
 
 
+KINDS = {"continual": "continual/", "train": "rounds/", "evaluate": "evaluate/"}  # what commands leave in a run folder
+
+
+def claim(store: RunStore, command: str) -> None:
+    """Raises `SealError` if the folder holds what another command made, which this one would mix with its own."""
+    for other, prefix in KINDS.items():
+        if other != command and {other, command} != {"train", "evaluate"} and store.names(prefix):
+            raise SealError(f"{store.folder}: holds what `seal-jax {other}` made; choose another run_dir for {command}")
+
+
+def stage_of(
+    config: RunConfig, store: RunStore, splits: Sequence[str], trained: str | os.PathLike[str] | None, what: str
+) -> tuple[Stage, int]:
+    """The stage of what is measured in `store`, and after how many rounds its policy is: the configured model as it is, or the policy of the
+    run `trained` after its last finished round, which `store` then keeps to. `what`: what is done to it, for messages."""
+    if trained is None:
+        refuse_evaluation(store, what)
+        return build(config, splits), 0
+    if store.names() and not store.has(ORIGIN):
+        raise SealError(f"{store.folder}: holds a run of its own, nothing of {trained}; choose another run_dir")
+    source = existing(trained)
+    now = {"run": str(source.folder.resolve()), "rounds": rounds_done(source), "policy": fingerprint(source)}
+    origin = store.once(ORIGIN, lambda: now)
+    if origin["policy"] != now["policy"]:
+        raise SealError(
+            f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
+            f"{trained} is after {now['rounds']}, or another; choose another run_dir"
+        )
+    return build(config, splits, source, now["rounds"]), now["rounds"]
+
+
 def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """The evaluation table of the configured model as it is, or of the policy of the run `trained` after its last finished round."""
     with open_run(config) as store:
-        if trained is None:
-            refuse_evaluation(store, "evaluate")
-            records = evaluate(build(config, ("validation",)), store, "before")
-            return store.once("table", lambda: summary(config, {policy_name(0): records}))  # that of a trained run has these rows too
-        if store.names() and not store.has(ORIGIN):
-            raise SealError(f"{store.folder}: holds a run of its own, no evaluation of {trained}; choose another run_dir")
-        source = existing(trained)
-        now = {"run": str(source.folder.resolve()), "rounds": rounds_done(source), "policy": fingerprint(source)}
-        origin = store.once(ORIGIN, lambda: now)
-        if origin["policy"] != now["policy"]:
-            raise SealError(
-                f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
-                f"{trained} is after {now['rounds']}, or another; choose another run_dir"
-            )
-        stage = build(config, ("validation",), source, now["rounds"])
-        records = evaluate(stage, store, "after" if now["rounds"] else "before")
-        return store.once("table", lambda: summary(config, {policy_name(now["rounds"]): records}))
+        claim(store, "evaluate")
+        stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")
+        records = evaluate(stage, store, "after" if rounds else "before")  # `train` leaves the latter in its own folder, with a table
+        return store.once("table", lambda: summary(config, {policy_name(rounds): records}))
 
 
 def fingerprint(store: RunStore) -> str:

@@ -35,7 +35,7 @@ def measure(
     for i, context in enumerate(contexts):
         made: dict[str | int, TrainingSet] = {**task.baselines(context)} if baselines else {}
         made.update(enumerate(task.training_set(context, text) for text in texts[i]))
-        sets.append({method: _checked(policy, data) for method, data in made.items()})
+        sets.append({method: checked(policy, data) for method, data in made.items()})
         trials += [(i, method, seed, data) for method, data in sets[-1].items() if data.problem is None for seed in range(seeds)]
     probes = [tuple(task.probes(c)) for c in contexts]
     with clock("adapt"):
@@ -63,7 +63,7 @@ def measure(
     return {"contexts": records, "seconds": clock.seconds}
 
 
-def _checked(policy: Policy, data: TrainingSet) -> TrainingSet:
+def checked(policy: Policy, data: TrainingSet) -> TrainingSet:
     """The training set, with a problem set if the model's tokens leave nothing to predict in it."""
     if data.problem is None and not policy.tokenise(data):
         return dataclasses.replace(data, problem="no token to predict in the training sequences")

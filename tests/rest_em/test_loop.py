@@ -204,7 +204,7 @@ def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, 
         loop.evaluate_only(config)
     with pytest.raises(SealError, match=r"holds an evaluation of .*; generate from that run"):
         next(loop.generate(config, "validation", 1, tmp_path / "e"))
-    with pytest.raises(SealError, match=r"holds a run of its own, no evaluation of"):
+    with pytest.raises(SealError, match=r"holds a run of its own, nothing of"):
         loop.evaluate_only(base, tiny_run)
     other = dataclasses.replace(config, model=dataclasses.replace(base.model, name="x/y"), run_dir=str(tmp_path / "f"))
     with pytest.raises(SealError, match=r"model.name='x/y': the policy of .* is '.*tiny', trained; leave model.name out"):

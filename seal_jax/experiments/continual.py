@@ -1,0 +1,196 @@
+"""Continual self-edits: passage after passage is adapted into the weights, and after each all passages so far are asked again.
+
+A *lane* is one sequence of passages under one method against forgetting. All lanes run at once: the base weights are shared, and each lane
+holds what it has learnt as an adapter whose ranks are the concatenated ones of its edits, which equals merging these one after the other.
+That adapter has the ranks of the whole sequence from the start, those of edits to come at zero, so that no step compiles anew.
+Source: the paper's section 4 and `continual_self_edits.py`, which merges after each step and has one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from seal_jax import rng
+from seal_jax.config import MethodConfig, RunConfig
+from seal_jax.errors import SealError
+from seal_jax.experiments import continual_table, general, matrix
+from seal_jax.experiments.gate import Gate
+from seal_jax.experiments.held import Held
+from seal_jax.fit.likelihood import Texts
+from seal_jax.parallel import processes
+from seal_jax.rest_em import loop
+from seal_jax.rest_em.measure import Clock, checked
+from seal_jax.rest_em.policy import Edit
+from seal_jax.runs import checkpoint
+from seal_jax.runs.report import write_report
+from seal_jax.runs.store import RunStore
+from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
+
+Trials = dict[str, dict[str, Any]]  # by context id: what was answered and earned
+
+
+@dataclasses.dataclass
+class Lane:
+    """One sequence of passages under one method, and what stands of it so far."""
+
+    name: str
+    method: MethodConfig
+    sequence: int
+    contexts: list[Context]
+    learnt: list[tuple[TrainSequence, ...]] = dataclasses.field(default_factory=list)  # what each edit so far trained on, replays apart
+    answers: Trials = dataclasses.field(default_factory=dict)  # at the last step
+    bits: float | None = None  # per token of the held texts, at the last step
+
+    def replayed(self, seed: int) -> tuple[TrainSequence, ...]:
+        """Training sequences of earlier passages to train on again with the next one, in the order of the draw."""
+        earlier = [s for part in self.learnt for s in part]
+        draw = rng.generator(seed, "continual", self.sequence, len(self.learnt), "replay")
+        return tuple(earlier[i] for i in draw.permutation(len(earlier))[: self.method.replay])
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What stays the same through the run."""
+
+    stage: loop.Stage
+    store: RunStore
+    texts: Texts  # held: about no passage
+
+
+def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+    """The experiment with the configured model, or with the policy of the run `trained` after its last finished round; returns its table.
+
+    Continues a run folder of the same configuration.
+    """
+    with loop.open_run(config) as store:
+        loop.claim(store, "continual")
+        passages = general.texts(config.continual.texts)
+        beside = [matrix.read_original(path) for path in config.continual.beside]  # what is wrong with them shows at once
+        stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from")
+        setting = Setting(stage, store, stage.policy.texts(passages))
+        sequences = draw_sequences(config, stage.contexts["validation"])
+        lanes = [
+            Lane(name, method, s, contexts) for name, method in config.continual.methods.items() for s, contexts in enumerate(sequences)
+        ]
+        start = store.once("continual/start", lambda: _start(setting, sequences))
+        for lane in lanes:
+            lane.answers, lane.bits = {}, start["bits"]
+        held = Held(stage.policy, len(lanes), config.continual.passages)
+        steps = []
+        for number in range(config.continual.passages):
+            steps.append(_step(setting, lanes, held, number))
+            if processes.first():
+                write_report(store.folder)
+        made = lambda: continual_table.table(start, steps, resamples=config.evaluate.resamples, seed=config.seed, beside=beside)  # noqa: E731
+        return store.once("table", made)
+
+
+def draw_sequences(config: RunConfig, contexts: Sequence[Context]) -> list[list[Context]]:
+    """The passages of each sequence, drawn as the original draws them."""
+    c = config.continual
+    if len(contexts) < c.passages:
+        raise SealError(f"continual.passages={c.passages}: task.validation has {len(contexts)} usable contexts")
+    return [[contexts[i] for i in part] for part in matrix.sequences(c.sequences, c.passages, len(contexts), config.seed)]
+
+
+def _start(setting: Setting, sequences: Sequence[Sequence[Context]]) -> dict[str, Any]:
+    """What the bare policy answers to all that will be asked."""
+    policy, task, clock = setting.stage.policy, setting.stage.task, Clock()
+    contexts = list({c.id: c for part in sequences for c in part}.values())
+    with clock("bare"):
+        outputs = policy.answer([task.probes(c) for c in contexts], what="answering without adaptation")
+        bits = float(policy.bits(setting.texts)[0])
+    with clock("grade"):
+        answers = _trials(setting, [(c, tuple(o)) for c, o in zip(contexts, outputs, strict=True)])
+    told = [
+        {"id": c.id, "title": c.title, "passage": task.text(c), "questions": [list(pair) for pair in task.describe(c)]} for c in contexts
+    ]
+    answered = {c.id: trial for c, trial in zip(contexts, answers, strict=True)}
+    ids = [[c.id for c in part] for part in sequences]
+    return {"contexts": told, "sequences": ids, "answers": answered, "bits": bits, "seconds": clock.seconds}
+
+
+def _trials(setting: Setting, items: Sequence[tuple[Context, tuple[str, ...]]]) -> list[dict[str, Any]]:
+    scores = setting.stage.task.score(items)
+    return [{"outputs": list(o), "verdicts": list(s.verdicts), "reward": s.reward} for (_, o), s in zip(items, scores, strict=True)]
+
+
+def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> dict[str, Any]:
+    """Passage `number` of every lane: written about, learnt, perhaps held back by a gate, and all passages so far asked again."""
+    store, unit = setting.store, f"continual/steps/{number:03d}"
+    folder = store.folder / "adapters" / f"{number:03d}"
+    done = processes.share(checkpoint.is_complete(folder))
+    if not (store.has(unit) and done):
+        record = _learn(setting, lanes, held, number)
+        if processes.first():
+            checkpoint.save_adapters(folder, held.part(number), {"step": number, "lanes": len(lanes)})
+        store.once(unit, lambda: record)  # after the checkpoint: with it, the step is done
+    else:
+        held.load(folder, number)
+    # Read back also where it was just made, so that going on equals not stopping.
+    record = store.read(unit)
+    for lane, told in zip(lanes, record["lanes"], strict=True):
+        data = setting.stage.task.training_set(lane.contexts[number], told["edit"])
+        lane.learnt.append(() if told["problem"] else data.sequences)
+        lane.answers, lane.bits = told["answers"], told["bits"]
+    return record
+
+
+def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> dict[str, Any]:
+    policy, task, config = setting.stage.policy, setting.stage.task, setting.stage.policy.config
+    here = [lane.contexts[number] for lane in lanes]
+    keys = [("continual", lane.sequence, number, c.id) for lane, c in zip(lanes, here, strict=True)]
+    what, clock = f" (passage {number + 1}/{len(lanes[0].contexts)})", Clock()
+    everyone = list(range(len(lanes)))
+    with clock("sample"):
+        prompts = [task.edit_prompt(c) for c in here]
+        texts = [t for [t] in policy.write(prompts, [[key] for key in keys], f"writing self-edits{what}", held.placed(), everyone)]
+    sets, replays = [], []
+    for lane, context, text in zip(lanes, here, texts, strict=True):
+        data, again = checked(policy, task.training_set(context, text)), lane.replayed(config.seed)
+        own = {"anchor": lane.method.anchor, "orthogonal": lane.method.orthogonal}
+        sets.append(TrainingSet((*data.sequences, *again), {**own, **data.fit}, data.problem, data.dropped))
+        replays.append(len(again))
+    usable = [i for i, data in enumerate(sets) if data.problem is None]
+    with clock("adapt"):
+        fitted = policy.fit([Edit(keys[i], sets[i], held=i) for i in usable], what, held.placed())
+        new = held.fresh(fitted, usable)
+    with clock("gate"):
+        gate = Gate(setting.stage, setting.texts, lanes, held, number)
+        scales, reasons = gate.decide(new, set(usable))
+    held.keep(number, new, scales)
+    with clock("adapt"):
+        asked = [(lane, context) for lane in lanes for context in lane.contexts[: number + 1]]
+        places = [lanes.index(lane) for lane, _ in asked]
+        outputs = policy.answer([task.probes(c) for _, c in asked], held.placed(), places, f"answering{what}")
+        bits = policy.bits(setting.texts, held.placed())
+    with clock("grade"):
+        trials = iter(_trials(setting, [(c, tuple(o)) for (_, c), o in zip(asked, outputs, strict=True)]))
+    losses = dict(zip(usable, fitted.losses, strict=True))
+    told = []
+    for i, lane in enumerate(lanes):
+        own = losses.get(i, ())
+        told.append(
+            {
+                "method": lane.name,
+                "sequence": lane.sequence,
+                "context": here[i].id,
+                "edit": texts[i],
+                "problem": sets[i].problem,
+                "sequences": [s.shown for s in sets[i].sequences],
+                "loss_first": float(own[0]) if len(own) else None,
+                "loss_last": float(own[-1]) if len(own) else None,
+                "steps": len(own),
+                "replayed": replays[i],
+                "scale": scales[i],
+                "gate": reasons[i],
+                "bits": float(bits[i]),
+                "answers": {c.id: next(trials) for c in lane.contexts[: number + 1]},
+            }
+        )
+        if reasons[i] is not None:
+            setting.store.log("gated", method=lane.name, sequence=lane.sequence, context=here[i].id, scale=scales[i], reason=reasons[i])
+    return {"step": number, "lanes": told, "seconds": clock.seconds}

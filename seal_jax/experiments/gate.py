@@ -1,0 +1,96 @@
+"""Whether an edit may stay, by what it does to items held back: kept, scaled down, or refused, with the reason.
+
+Every lane's edit is tried at one scale after the other, all lanes at once. Source: STABLE (arXiv 2510.16089), which bounds the fall of exact
+matches, the rise of bits, or the divergence that a LoRA edit may cause, and scales down or rejects those beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from seal_jax.experiments.held import Held
+from seal_jax.fit.likelihood import Texts
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.rest_em.loop import Stage
+
+if TYPE_CHECKING:
+    from seal_jax.experiments.continual import Lane
+
+UNITS = {
+    "answers": "of earlier passages' questions answered right, {:+.1%}",
+    "bits": "bits per token of the held texts {:+.3f}",
+    "kl": "bits per token that predictions moved on the held texts {:.3f}",
+}
+
+
+class Gate:
+    """The gates of all lanes at passage `number`."""
+
+    def __init__(self, stage: Stage, texts: Texts, lanes: Sequence[Lane], held: Held, number: int):
+        self.stage, self.texts, self.lanes, self.held, self.number = stage, texts, lanes, held, number
+
+    def decide(self, new: Any, usable: set[int]) -> tuple[list[float], list[str | None]]:
+        """For each lane the scale of its new edit (`new`: host arrays [L, ...]; lanes that are not `usable` have none) and the reason
+        where that is below 1."""
+        scales = [1.0 if i in usable else 0.0 for i in range(len(self.lanes))]
+        said: list[list[str]] = [[] for _ in self.lanes]
+        gated = [i for i in sorted(usable) if self.lanes[i].method.gate.measure != "none"]
+        tried, open_ = 0, set(gated)
+        while open_:
+            for i in sorted(open_):
+                ladder = self.lanes[i].method.gate.scales
+                if tried == len(ladder):
+                    scales[i] = 0.0
+                    said[i].append("refused")
+                    open_.discard(i)
+                else:
+                    scales[i] = ladder[tried]
+            if not open_:
+                break
+            costs = self._costs(new, scales, gated)
+            for i in sorted(open_):
+                gate, cost = self.lanes[i].method.gate, costs[i]
+                said[i].append(f"{UNITS[gate.measure].format(-cost if gate.measure == 'answers' else cost)} at {scales[i]:g}")
+                if cost <= gate.budget:
+                    open_.discard(i)
+            tried += 1
+        reasons = [
+            f"{', '.join(said[i])}; budget {self.lanes[i].method.gate.budget:g}" if i in gated and scales[i] < 1.0 else None
+            for i in range(len(self.lanes))
+        ]
+        return scales, reasons
+
+    def _costs(self, new: Any, scales: Sequence[float], gated: Sequence[int]) -> dict[int, float]:
+        """What the edits cost the gated lanes at these scales, each by its own measure."""
+        chosen = [*gated, *[gated[0]] * (-len(gated) % mesh_lib.shards(self.stage.policy.mesh))]  # as many on each shard
+        after = self.held.place(self.held.with_edit(chosen, self.number, new, scales))
+        measures = {self.lanes[i].method.gate.measure for i in gated}
+        found: dict[str, np.ndarray] = {}
+        if "bits" in measures:
+            found["bits"] = self.stage.policy.bits(self.texts, after) - np.asarray([self.lanes[i].bits for i in chosen])
+        if "kl" in measures:
+            found["kl"] = self.stage.policy.divergence(self.texts, self.held.place(self.held.of(chosen)), after)
+        if "answers" in measures:
+            found["answers"] = self._fall(after, gated)
+        return {i: float(found[self.lanes[i].method.gate.measure][place]) for place, i in enumerate(gated)}
+
+    def _fall(self, after: Any, gated: Sequence[int]) -> np.ndarray:
+        """By how much the share of earlier passages' questions that are answered right falls, for each gated lane."""
+        policy, task = self.stage.policy, self.stage.task
+        asked = [(place, c) for place, i in enumerate(gated) for c in self.lanes[i].contexts[: self.number]]
+        outputs = policy.answer([task.probes(c) for _, c in asked], after, [place for place, _ in asked], "answering for the gate")
+        scores = task.score([(c, tuple(o)) for (_, c), o in zip(asked, outputs, strict=True)])
+        fall = np.zeros(len(gated))
+        for place, i in enumerate(gated):
+            now = [v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts]
+            before = [v for c in self.lanes[i].contexts[: self.number] for v in self.lanes[i].answers[c.id]["verdicts"]]
+            fall[place] = _share(before) - _share(now)
+        return fall
+
+
+def _share(verdicts: Sequence[bool | None]) -> float:
+    graded = [v for v in verdicts if v is not None]
+    return sum(graded) / len(graded) if graded else 0.0
