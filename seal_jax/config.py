@@ -109,6 +109,16 @@ class MStepConfig:
 
 
 @dataclasses.dataclass
+class RetentionConfig:
+    """What rewards count besides the context's own questions, so that the policy learns self-edits that do not harm. Default: nothing."""
+
+    contexts: int = 0  # passages, those after the round's own, that the policy is taught first, and asked again after every edit
+    weight: float = 1.0  # of the fall of the share of their questions answered right
+    bits: float = 0.0  # weight of the rise of bits per token of the held texts
+    texts: str = "general"  # held texts about no passage, as continual.texts
+
+
+@dataclasses.dataclass
 class RestEmConfig:
     rounds: int = 2  # of E-step, selection and M-step
     contexts: int = 50  # contexts a round; round r takes the next ones of the training split, from the start again at its end
@@ -117,6 +127,7 @@ class RestEmConfig:
     select: str = "best"  # "best" (best of K), "top" (top `keep`), "gain" (all above the unadapted reward) or "right" (all of reward 1)
     keep: int = 1  # how many `top` keeps a context
     group: int = 10  # contexts measured in one go; a killed run repeats at most one group
+    retention: RetentionConfig = dataclasses.field(default_factory=RetentionConfig)
 
 
 @dataclasses.dataclass
@@ -352,6 +363,9 @@ AT_LEAST = {
     "rest_em.seeds": 1,
     "rest_em.keep": 1,
     "rest_em.group": 1,
+    "rest_em.retention.contexts": 0,
+    "rest_em.retention.weight": 0.0,
+    "rest_em.retention.bits": 0.0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
     "evaluate.contexts": 1,
@@ -409,6 +423,11 @@ def _check_method(method: MethodConfig, where: str) -> None:
         raise SealError(f"{where}.gate.measure={gate.measure!r}: expected one of {', '.join(GATES)}")
     if not gate.scales or not all(0 < x <= 1 for x in gate.scales) or sorted(gate.scales, reverse=True) != list(gate.scales):
         raise SealError(f"{where}.gate.scales={gate.scales}: expected numbers above 0 and at most 1, the largest first")
-    for key, value in (("replay", method.replay), ("anchor", method.anchor), ("orthogonal", method.orthogonal), ("gate.budget", gate.budget)):
+    for key, value in (
+        ("replay", method.replay),
+        ("anchor", method.anchor),
+        ("orthogonal", method.orthogonal),
+        ("gate.budget", gate.budget),
+    ):
         if not value >= 0:
             raise SealError(f"{where}.{key}={value}: expected at least 0")

@@ -18,11 +18,11 @@ from seal_jax.config import MethodConfig, RunConfig
 from seal_jax.errors import SealError
 from seal_jax.experiments import continual_table, general, matrix
 from seal_jax.experiments.gate import Gate
-from seal_jax.experiments.held import Held
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import processes
 from seal_jax.rest_em import loop
-from seal_jax.rest_em.measure import Clock, checked
+from seal_jax.rest_em.held import Held
+from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit
 from seal_jax.runs import checkpoint
 from seal_jax.runs.report import write_report
@@ -134,7 +134,7 @@ def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> d
     record = store.read(unit)
     for lane, told in zip(lanes, record["lanes"], strict=True):
         data = setting.stage.task.training_set(lane.contexts[number], told["edit"])
-        lane.learnt.append(() if told["problem"] else data.sequences)
+        lane.learnt.append(data.sequences if told["scale"] else ())
         lane.answers, lane.bits = told["answers"], told["bits"]
     return record
 
@@ -150,7 +150,7 @@ def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> 
         texts = [t for [t] in policy.write(prompts, [[key] for key in keys], f"writing self-edits{what}", held.placed(), everyone)]
     sets, replays = [], []
     for lane, context, text in zip(lanes, here, texts, strict=True):
-        data, again = checked(policy, task.training_set(context, text)), lane.replayed(config.seed)
+        data, again = policy.checked(task.training_set(context, text)), lane.replayed(config.seed)
         own = {"anchor": lane.method.anchor, "orthogonal": lane.method.orthogonal}
         sets.append(TrainingSet((*data.sequences, *again), {**own, **data.fit}, data.problem, data.dropped))
         replays.append(len(again))

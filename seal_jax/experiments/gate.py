@@ -1,7 +1,7 @@
 """Whether an edit may stay, by what it does to items held back: kept, scaled down, or refused, with the reason.
 
-Every lane's edit is tried at one scale after the other, all lanes at once. Source: STABLE (arXiv 2510.16089), which bounds the fall of exact
-matches, the rise of bits, or the divergence that a LoRA edit may cause, and scales down or rejects those beyond.
+Every lane's edit is tried at one scale after the other, all lanes at once. Source: STABLE (arXiv 2510.16089), which bounds the fall of
+exact matches, the rise of bits, or the divergence that a LoRA edit may cause, and scales down or rejects those beyond.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seal_jax.experiments.held import Held
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.loop import Stage
 
 if TYPE_CHECKING:
     from seal_jax.experiments.continual import Lane
 
-UNITS = {
-    "answers": "of earlier passages' questions answered right, {:+.1%}",
-    "bits": "bits per token of the held texts {:+.3f}",
-    "kl": "bits per token that predictions moved on the held texts {:.3f}",
+MEASURES = {
+    "answers": "fall of the share of earlier questions answered right",
+    "bits": "rise of bits per token of the held texts",
+    "kl": "bits per token by which predictions moved on the held texts",
 }
 
 
@@ -36,7 +36,7 @@ class Gate:
         """For each lane the scale of its new edit (`new`: host arrays [L, ...]; lanes that are not `usable` have none) and the reason
         where that is below 1."""
         scales = [1.0 if i in usable else 0.0 for i in range(len(self.lanes))]
-        said: list[list[str]] = [[] for _ in self.lanes]
+        costs_of: list[list[str]] = [[] for _ in self.lanes]
         gated = [i for i in sorted(usable) if self.lanes[i].method.gate.measure != "none"]
         tried, open_ = 0, set(gated)
         while open_:
@@ -44,7 +44,6 @@ class Gate:
                 ladder = self.lanes[i].method.gate.scales
                 if tried == len(ladder):
                     scales[i] = 0.0
-                    said[i].append("refused")
                     open_.discard(i)
                 else:
                     scales[i] = ladder[tried]
@@ -53,14 +52,15 @@ class Gate:
             costs = self._costs(new, scales, gated)
             for i in sorted(open_):
                 gate, cost = self.lanes[i].method.gate, costs[i]
-                said[i].append(f"{UNITS[gate.measure].format(-cost if gate.measure == 'answers' else cost)} at {scales[i]:g}")
+                costs_of[i].append(f"{cost:.3f} at {scales[i]:g}")
                 if cost <= gate.budget:
                     open_.discard(i)
             tried += 1
-        reasons = [
-            f"{', '.join(said[i])}; budget {self.lanes[i].method.gate.budget:g}" if i in gated and scales[i] < 1.0 else None
-            for i in range(len(self.lanes))
-        ]
+        reasons: list[str | None] = [None] * len(self.lanes)
+        for i in gated:
+            if scales[i] < 1.0:
+                gate, end = self.lanes[i].method.gate, f"scaled to {scales[i]:g}" if scales[i] else "refused"
+                reasons[i] = f"{end}: {MEASURES[gate.measure]} {', '.join(costs_of[i])}; budget {gate.budget:g}"
         return scales, reasons
 
     def _costs(self, new: Any, scales: Sequence[float], gated: Sequence[int]) -> dict[int, float]:

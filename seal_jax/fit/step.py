@@ -148,7 +148,7 @@ def update(
 ) -> tuple[FitState, Report]:
     """One optimiser step of one adapter: gradient of the mean loss, clip, AdamW. An edit that has ended stays as it is.
 
-    `held` (or None): the adapter on which this one stands. `penalised`: whether any edit has a `penalty`, which the reported loss leaves out.
+    `held` (or None): the adapter on which this one stands. `penalised`: whether any edit has a `penalty`; the reported loss is without.
     """
     hyper, moments = edit.hyper, edit.moments
     before = {"params": params} if held is None else {"params": params, "held": held}

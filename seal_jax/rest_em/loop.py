@@ -21,11 +21,13 @@ from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
+from seal_jax.experiments import general
 from seal_jax.grade import base as grade
 from seal_jax.models import load
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
 from seal_jax.progress import bar
+from seal_jax.rest_em import retention
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, measure
 from seal_jax.rest_em.policy import Policy
@@ -173,17 +175,26 @@ def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -
 def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
     """Round `number` (from 1): K self-edits a context, each measured over S seeds."""
     r = stage.policy.config.rest_em
-    contexts = take(stage.contexts["train"], r.contexts, (number - 1) * r.contexts)
-    return run_groups(
-        stage, store, f"rounds/{number}/e_step", contexts, r.group, key=("round", number), edits=r.edits, seeds=r.seeds, baselines=False
-    )  # fmt: skip
+    everyone = stage.contexts["train"]
+    contexts = take(everyone, r.contexts, (number - 1) * r.contexts)
+    memory = None
+    if retention.wanted(r.retention):
+        if len(contexts) + r.retention.contexts > len(everyone):
+            raise SealError(
+                f"rest_em.retention.contexts={r.retention.contexts}: beside the round's {len(contexts)} contexts, "
+                f"task.train has only {len(everyone) - len(contexts)}"
+            )
+        after = take(everyone, r.retention.contexts, number * r.contexts)
+        memory = retention.remember(stage, store, number, after, stage.policy.texts(general.texts(r.retention.texts)))
+    options = {"key": ("round", number), "edits": r.edits, "seeds": r.seeds, "baselines": False, "memory": memory}
+    return run_groups(stage, store, f"rounds/{number}/e_step", contexts, r.group, **options)
 
 
 def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The (context, candidate) pairs that the rule of the config keeps."""
     kept = []
     for record in records:
-        candidates = [Candidate(e["candidate"], e["text"], e["reward"]) for e in record["edits"]]
+        candidates = [Candidate(e["candidate"], e["text"], e.get("score", e["reward"])) for e in record["edits"]]
         unadapted = record["methods"][NONE][0]["reward"]
         for index in select(config.rest_em.select, candidates, config.rest_em.keep, unadapted):
             reward = next(c.reward for c in candidates if c.index == index)
@@ -272,8 +283,8 @@ def claim(store: RunStore, command: str) -> None:
 def stage_of(
     config: RunConfig, store: RunStore, splits: Sequence[str], trained: str | os.PathLike[str] | None, what: str
 ) -> tuple[Stage, int]:
-    """The stage of what is measured in `store`, and after how many rounds its policy is: the configured model as it is, or the policy of the
-    run `trained` after its last finished round, which `store` then keeps to. `what`: what is done to it, for messages."""
+    """The stage of what is measured in `store`, and after how many rounds its policy is: the configured model as it is, or the policy of
+    the run `trained` after its last finished round, which `store` then keeps to. `what`: what is done to it, for messages."""
     if trained is None:
         refuse_evaluation(store, what)
         return build(config, splits), 0

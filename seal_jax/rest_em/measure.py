@@ -5,28 +5,40 @@ The E-step of ReST-EM and the evaluation both are this; they differ in which met
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from seal_jax.rest_em.policy import Adapted, Edit, Key, Policy
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.rest_em import retention
+from seal_jax.rest_em.policy import Edit, Key, Policy
+from seal_jax.rest_em.retention import Memory
 from seal_jax.tasks.base import Context, Score, Task, TrainingSet
 
 NONE = "no adaptation"
 
 
 def measure(
-    policy: Policy, task: Task, contexts: Sequence[Context], *, key: Key, edits: int, seeds: int, baselines: bool, what: str = ""
+    policy: Policy,
+    task: Task,
+    contexts: Sequence[Context],
+    *,
+    key: Key,
+    edits: int,
+    seeds: int,
+    baselines: bool,
+    what: str = "",
+    memory: Memory | None = None,
 ) -> dict[str, Any]:
     """The record of one group: for each context what every method answered and earned, over `seeds` inner-loop seeds.
 
     `edits` self-edits are sampled a context (K). `baselines` adds the task's own training sets (the passage alone). `key` names the
-    random draws, together with context, candidate and seed. The bare policy answers once a context, not once a trial.
+    random draws, together with context, candidate and seed. The bare policy answers once a context, not once a trial. With a `memory`,
+    everything is on top of that, each trial tells what became of it, and a self-edit has a "score", its reward less what it harmed.
     """
-    clock = Clock()
+    clock, held = Clock(), None if memory is None else memory.held
     with clock("sample"):
         keys = [[(*key, context.id, k) for k in range(edits)] for context in contexts]
         texts = policy.write([task.edit_prompt(c) for c in contexts], keys, f"writing self-edits{what}")
@@ -35,18 +47,30 @@ def measure(
     for i, context in enumerate(contexts):
         made: dict[str | int, TrainingSet] = {**task.baselines(context)} if baselines else {}
         made.update(enumerate(task.training_set(context, text) for text in texts[i]))
-        sets.append({method: checked(policy, data) for method, data in made.items()})
+        sets.append({method: policy.checked(data) for method, data in made.items()})
         trials += [(i, method, seed, data) for method, data in sets[-1].items() if data.problem is None for seed in range(seeds)]
     probes = [tuple(task.probes(c)) for c in contexts]
+    again = () if memory is None else tuple(p for c in memory.contexts for p in task.probes(c))  # asked after every edit
+    shards = mesh_lib.shards(policy.mesh)
     with clock("adapt"):
-        adapted = policy.adapt([Edit((*key, contexts[i].id, m, s), data, probes[i]) for i, m, s, data in trials], what)
+        asked = [
+            Edit((*key, contexts[i].id, m, s), data, probes[i] + again, held=0 if held is None else n % shards)
+            for n, (i, m, s, data) in enumerate(trials)
+        ]
+        adapted = policy.adapt(asked, what, held, None if memory is None else memory.texts)
     with clock("bare"):
-        bare = policy.answer(probes, what=f"answering without adaptation{what}")
+        bare = policy.answer(probes, held, None if held is None else [0] * len(probes), f"answering without adaptation{what}")
     with clock("grade"):
-        outputs = [*((contexts[i], a.outputs) for (i, *_), a in zip(trials, adapted, strict=True)), *zip(contexts, bare, strict=True)]
-        scores = task.score(outputs)
-    results = {(i, m, s): _trial(s, a, score) for (i, m, s, _), a, score in zip(trials, adapted, scores, strict=False)}
-    plain = [_trial(0, Adapted(tuple(o), np.zeros(0)), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
+        own = [(contexts[i], a.outputs[: len(probes[i])]) for (i, *_), a in zip(trials, adapted, strict=True)]
+        scores = task.score([*own, *((c, tuple(o)) for c, o in zip(contexts, bare, strict=True))])
+        beyond = [a.outputs[len(probes[i]) :] for (i, *_), a in zip(trials, adapted, strict=True)]
+        kept = [None] * len(trials) if memory is None else _kept(task, memory, beyond)
+    results = {}
+    for n, ((i, m, s, _), a, (_, outputs), score) in enumerate(zip(trials, adapted, own, scores, strict=False)):
+        results[i, m, s] = _trial(s, outputs, a.losses, score)
+        if memory is not None:
+            results[i, m, s]["retention"] = {"accuracy": kept[n], "bits": a.bits}
+    plain = [_trial(0, tuple(o), np.zeros(0), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
     records = []
     for i, context in enumerate(contexts):
         measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
@@ -60,21 +84,27 @@ def measure(
                 "edits": [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])],
             }
         )
+        for edit in records[-1]["edits"] if memory is not None else ():
+            cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
+            edit["score"] = None if edit["reward"] is None else edit["reward"] - cost
     return {"contexts": records, "seconds": clock.seconds}
 
 
-def checked(policy: Policy, data: TrainingSet) -> TrainingSet:
-    """The training set, with a problem set if the model's tokens leave nothing to predict in it."""
-    if data.problem is None and not policy.tokenise(data):
-        return dataclasses.replace(data, problem="no token to predict in the training sequences")
-    return data
+def _kept(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> list[float | None]:
+    """The share of the memory's questions that each trial still answers right, from its outputs to all of them."""
+    items = []
+    for given in outputs:
+        parts = iter(given)
+        items += [(c, tuple(next(parts) for _ in task.probes(c))) for c in memory.contexts]
+    scores = iter(task.score(items))
+    return [retention.share([v for _ in memory.contexts for v in next(scores).verdicts]) for _ in outputs]
 
 
-def _trial(seed: int, adapted: Adapted, score: Score) -> dict[str, Any]:
-    losses = [float(x) for x in adapted.losses]
+def _trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -> dict[str, Any]:
+    losses = [float(x) for x in losses]
     return {
         "seed": seed,
-        "outputs": list(adapted.outputs),
+        "outputs": list(outputs),
         **({} if score.answers is None else {"answers": list(score.answers)}),
         "verdicts": list(score.verdicts),
         "reward": score.reward,

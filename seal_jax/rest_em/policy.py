@@ -48,8 +48,8 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What came of an `Edit`: an answer to each probe, the loss in nats per token of every optimiser step, and, where held texts were given,
-    the bits per token that these then take."""
+    """What came of an `Edit`: an answer to each probe, the loss in nats per token of every optimiser step, and, where held texts were
+    given, the bits per token that these then take."""
 
     outputs: tuple[str, ...]
     losses: np.ndarray
@@ -86,6 +86,12 @@ class Policy:
                 ids, start = (prompt + completion)[: self.max_length], 1 if sequence.on_prompt else max(len(prompt), 1)
                 found += [Tokens(tuple(ids), start)] if len(ids) > start else []
         return tuple(found)
+
+    def checked(self, training: TrainingSet) -> TrainingSet:
+        """The training set, with a problem set if the model's tokens leave nothing to predict in it."""
+        if training.problem is None and not self.tokenise(training):
+            return dataclasses.replace(training, problem="no token to predict in the training sequences")
+        return training
 
     def _sequence(self, sequence: TrainSequence) -> tuple[list[int], list[int]]:
         """(prompt ids, completion ids). What the tokenizer puts before a text comes once, before the first of the two."""

@@ -91,7 +91,9 @@ def size(tree, place):
 
 
 def overlap(tree, place, held, number):
-    return np.sum(np.einsum("nir,nis->nrs", tree["layers"]["attn"]["q_proj"]["a"][place], held["layers"]["attn"]["q_proj"]["a"][number]) ** 2)
+    return np.sum(
+        np.einsum("nir,nis->nrs", tree["layers"]["attn"]["q_proj"]["a"][place], held["layers"]["attn"]["q_proj"]["a"][number]) ** 2
+    )
 
 
 def test_penalties_hold_back_their_own_edits_alone(model, engine, held):

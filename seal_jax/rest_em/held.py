@@ -1,4 +1,4 @@
-"""What lanes have learnt so far: one adapter a lane, the edits' ranks side by side. Kept on the host, placed on the mesh when it changed."""
+"""What lanes have learnt so far: one adapter a lane, the edits' ranks side by side. Kept on the host, placed on the mesh when changed."""
 
 from __future__ import annotations
 

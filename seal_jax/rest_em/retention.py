@@ -1,0 +1,103 @@
+"""A reward that counts what an edit does to the rest: passages learnt before, and texts about no passage.
+
+Before a round the policy is taught some passages, in one adapter: the *memory*. Each self-edit of the round is then fitted on top of it,
+and the memory's passages are asked again, and held texts read. What got worse is taken off the reward, so that ReST-EM learns to write
+self-edits that do not harm. The paper names forgetting as its first limit, and such a reward as a way out of it (section 5).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from seal_jax.config import RetentionConfig
+from seal_jax.errors import SealError
+from seal_jax.fit.likelihood import Texts
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel import processes
+from seal_jax.rest_em.held import Held
+from seal_jax.rest_em.policy import Edit, Policy
+from seal_jax.runs import checkpoint
+from seal_jax.runs.store import RunStore
+from seal_jax.tasks.base import Context, Task, TrainingSet
+
+if TYPE_CHECKING:
+    from seal_jax.rest_em.loop import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What edits are fitted on top of, and what the policy knows with that alone."""
+
+    held: Any  # adapters on the mesh, the same on each shard; None: no passages were taught
+    contexts: tuple[Context, ...]
+    texts: Texts
+    accuracy: float | None  # the share of the contexts' questions that are answered right
+    bits: float  # per token of the texts
+
+
+def wanted(config: RetentionConfig) -> bool:
+    """Whether rewards count anything besides the context's own questions."""
+    return config.contexts > 0 or config.bits > 0
+
+
+def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Context], texts: Texts) -> Memory:
+    """Teaches the policy `contexts` for round `number`, or reads back what it was taught. Their self-edits are its own, one each."""
+    policy, held, unit = stage.policy, None, f"rounds/{number}/memory"
+    folder = store.folder / "memory" / str(number)
+    if contexts:
+        # Each shard fits the same adapter for itself, from the same draws.
+        held = Held(policy, mesh_lib.shards(policy.mesh), 1)
+        done = processes.share(checkpoint.is_complete(folder))
+        if store.has(unit) and done:
+            held.load(folder, 0)
+        else:
+            taught = _teach(policy, stage.task, contexts, ("round", number, "memory"), held)
+            if processes.first():
+                checkpoint.save_adapters(folder, held.part(0), {"round": number, "contexts": [c.id for c in contexts]})
+            store.once(f"{unit}_edits", lambda: taught)
+
+    def measured() -> dict[str, Any]:
+        adapters = None if held is None else held.placed()
+        probes = [stage.task.probes(c) for c in contexts]
+        outputs = policy.answer(probes, adapters, [0] * len(probes), "answering from memory") if probes else []
+        scores = stage.task.score([(c, tuple(o)) for c, o in zip(contexts, outputs, strict=True)])
+        return {"accuracy": share([v for s in scores for v in s.verdicts]), "bits": float(policy.bits(texts, adapters)[0])}
+
+    known = store.once(unit, measured)
+    return Memory(None if held is None else held.placed(), tuple(contexts), texts, known["accuracy"], known["bits"])
+
+
+def _teach(policy: Policy, task: Task, contexts: Sequence[Context], key: tuple[str | int, ...], held: Held) -> dict[str, Any]:
+    """Fits one adapter to the self-edits of all contexts and keeps it in `held`."""
+    texts = policy.write([task.edit_prompt(c) for c in contexts], [[(*key, c.id)] for c in contexts], "writing about what to remember")
+    sets = [policy.checked(task.training_set(c, text)) for c, [text] in zip(contexts, texts, strict=True)]
+    sequences = tuple(s for data in sets if data.problem is None for s in data.sequences)
+    if not sequences:
+        raise SealError(f"rest_em.retention.contexts: none of the {len(contexts)} self-edits to remember is usable: {sets[0].problem}")
+    shards = range(held.lanes)
+    fitted = policy.fit([Edit(key, TrainingSet(sequences), held=i) for i in shards], " (what to remember)", held.placed())
+    held.keep(0, held.fresh(fitted, shards), [1.0] * held.lanes)
+    return {
+        "contexts": [{"id": c.id, "edit": text, "problem": d.problem} for c, [text], d in zip(contexts, texts, sets, strict=True)],
+        "losses": [float(x) for x in fitted.losses[0]],
+    }
+
+
+def share(verdicts: Sequence[bool | None]) -> float | None:
+    """The share of graded questions answered right; None if none was graded."""
+    graded = [v for v in verdicts if v is not None]
+    return sum(graded) / len(graded) if graded else None
+
+
+def cost(config: RetentionConfig, memory: Memory, trials: Sequence[Mapping[str, Any]]) -> float:
+    """What is taken off an edit's reward: the mean over its trials of what got worse, weighed."""
+    found = []
+    for trial in trials:
+        accuracy, bits = trial["retention"]["accuracy"], trial["retention"]["bits"]
+        fall = 0.0 if accuracy is None or memory.accuracy is None else max(0.0, memory.accuracy - accuracy)
+        found.append(config.weight * fall + config.bits * max(0.0, bits - memory.bits))
+    return float(np.mean(found)) if found else 0.0
