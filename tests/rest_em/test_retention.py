@@ -1,0 +1,84 @@
+"""Rewards that count what an edit does to passages learnt before and to texts about no passage."""
+
+import shutil
+
+import pytest
+
+from seal_jax import config
+from seal_jax.config import RetentionConfig
+from seal_jax.errors import SealError
+from seal_jax.rest_em import loop, retention
+from seal_jax.runs.store import RunStore
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory, write_config):
+    texts = tmp_path_factory.mktemp("texts") / "texts.txt"
+    texts.write_text("The mayor owns boats.\n\nOrsk sells salt and Vell sells tin.\n")
+    rest_em = {"rounds": 1, "contexts": 2, "edits": 2, "seeds": 1, "group": 2}
+    rest_em["retention"] = {"contexts": 2, "weight": 0.5, "bits": 0.25, "texts": str(texts)}
+    path = write_config(tmp_path_factory.mktemp("retention"), rest_em=rest_em)
+    return config.load(path, ["evaluate.during_training=false"])
+
+
+@pytest.fixture(scope="module")
+def finished(settings, quick_compile, units):
+    with quick_compile():
+        loop.train(settings)
+    return units(settings.run_dir)
+
+
+def test_the_score_is_the_reward_less_what_got_worse(finished, settings):
+    memory = finished["rounds/1/memory"]
+    assert 0.0 <= memory["accuracy"] <= 1.0 and memory["bits"] > 0
+    records = finished["rounds/1/e_step/000"]["contexts"]
+    taught = {c["id"] for c in finished["rounds/1/memory_edits"]["contexts"]}
+    assert len(taught) == 2 and not taught & {r["id"] for r in records}
+    harmed = 0
+    for record in records:
+        for edit in record["edits"]:
+            cost = 0.0
+            for trial in edit["trials"]:
+                kept = trial["retention"]
+                assert len(trial["outputs"]) == len(record["questions"])  # those of its own alone
+                cost += 0.5 * max(0.0, memory["accuracy"] - kept["accuracy"]) + 0.25 * max(0.0, kept["bits"] - memory["bits"])
+            harmed += cost > 0
+            if edit["trials"]:
+                assert edit["score"] == pytest.approx(edit["reward"] - cost / len(edit["trials"]))
+    assert harmed  # or nothing was tested
+
+
+def test_selection_goes_by_the_score():
+    edits = [
+        {"candidate": 0, "text": "a", "reward": 0.9, "score": 0.1},
+        {"candidate": 1, "text": "b", "reward": 0.5, "score": 0.4},
+    ]
+    record = {"id": "c", "edits": edits, "methods": {"no adaptation": [{"reward": 0.0}]}}
+    kept = loop.choose(config.build({"task": {"name": "knowledge"}}), [record])["kept"]
+    assert [k["candidate"] for k in kept] == [1]
+
+
+def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
+    """Stopped after the memory was taught and before the E-step was written; and with the memory's adapter lost."""
+    store = RunStore(settings.run_dir)
+    for gone in ("rounds/1/e_step/000", "rounds/1/selection", "rounds/1/m_step"):
+        store._path(gone).unlink()
+    shutil.rmtree(store.folder / "policy")
+    with quick_compile():
+        loop.train(settings)
+        assert units(settings.run_dir) == finished
+        shutil.rmtree(store.folder / "memory")
+        store._path("rounds/1/e_step/000").unlink()
+        loop.train(settings)
+    assert units(settings.run_dir) == finished
+
+
+def test_too_few_passages_to_remember_is_said(settings, tmp_path):
+    with pytest.raises(SealError, match=r"rest_em.retention.contexts=3: beside the round's 2 contexts, task.train has only 2"):
+        changed = config.load(f"{settings.run_dir}/config.yaml", ["rest_em.retention.contexts=3", f"run_dir={tmp_path / 'run'}"])
+        loop.train(changed)
+
+
+def test_nothing_is_counted_by_default():
+    assert not retention.wanted(RetentionConfig())
+    assert retention.wanted(RetentionConfig(contexts=1)) and retention.wanted(RetentionConfig(bits=0.1))
