@@ -325,3 +325,60 @@ class Tiny:
 def tiny(checkpoints):
     """`tiny(family)` is the `Tiny` of that family, read once a session."""
     return functools.cache(lambda family: Tiny(checkpoints[family]))
+
+
+# --- Records of a made-up continual run -----------------------------------------------------------------------------
+
+
+def made_up_trial(reward: float | None, questions: int = 4) -> dict:
+    """A trial with that reward; None: nothing could be graded."""
+    verdicts = [None] * questions if reward is None else [i < round(reward * questions) for i in range(questions)]
+    return {"outputs": [f"answer {i} at {reward}" for i in range(questions)], "verdicts": verdicts, "reward": reward}
+
+
+def make_continual(methods: dict, bits: dict | None = None, start_bits: float | None = 3.0) -> tuple[dict, list[dict]]:
+    """The units "continual/start" and "continual/steps/..." with the rewards `methods`: {name: matrices [S][T + 1][up to T]}.
+
+    Row 0 is the first method's. `bits`: {name: [S] of the last step}. Each sequence has its own passages, "0-0", "0-1", ...
+    """
+    first = next(iter(methods.values()))
+    names = [[f"{s}-{i}" for i in range(len(matrix[0]))] for s, matrix in enumerate(first)]
+    contexts = [
+        {
+            "id": name,
+            "title": f"Passage {name}",
+            "passage": f"Text of {name}.",
+            "questions": [[f"Q{i} of {name}?", "gold"] for i in range(4)],
+        }
+        for row in names
+        for name in row
+    ]
+    answers = {name: made_up_trial(matrix[0][i]) for row, matrix in zip(names, first, strict=True) for i, name in enumerate(row)}
+    start = {"contexts": contexts, "sequences": names, "answers": answers, "bits": start_bits, "seconds": {"sample": 1.0}}
+    steps = []
+    for t in range(len(names[0])):
+        lanes = []
+        for method, matrices in methods.items():
+            for s, matrix in enumerate(matrices):
+                if len(matrix) < t + 2:
+                    continue  # not come so far
+                own = {
+                    "method": method,
+                    "sequence": s,
+                    "context": names[s][t],
+                    "edit": f"Edit of {names[s][t]} by {method}.",
+                    "problem": None,
+                }
+                fitted = {"sequences": ["one", "two"], "loss_first": 2.5, "loss_last": 0.5, "steps": 20, "replayed": 0, "scale": 1.0}
+                asked = {name: made_up_trial(matrix[t + 1][i]) for i, name in enumerate(names[s][: t + 1])}
+                last = (bits or {}).get(method, [3.0] * len(matrices))[s]
+                lanes.append({**own, **fitted, "gate": None, "bits": last if start_bits is not None else None, "answers": asked})
+        if lanes:
+            steps.append({"step": t, "lanes": lanes, "seconds": {"adapt": 2.0}})
+    return start, steps
+
+
+@pytest.fixture(scope="session")
+def continual_records():
+    """`continual_records(methods, bits, start_bits)`: what `make_continual` says."""
+    return make_continual

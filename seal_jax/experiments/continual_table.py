@@ -12,6 +12,7 @@ from seal_jax.rest_em.table import bootstrap
 
 NO_ADAPTATION = "no adaptation"
 NOTES = (
+    "no adaptation: the policy before any edit, on the same passages",
     "newest: accuracy on each passage right after its own edit, mean over passages",
     "earlier: accuracy at the end on the passages before the last, mean over passages",
     "backward: backward transfer, earlier passages at the end less right after their own edits; below 0 is forgetting",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import datetime
 import functools
-import importlib.resources
 import os
 import pathlib
 import re
@@ -23,7 +22,7 @@ import yaml
 
 from seal_jax import tasks
 from seal_jax.errors import SealError
-from seal_jax.runs import charts, files, store, table
+from seal_jax.runs import charts, continual_view, files, store, table
 from seal_jax.runs.events import read_events
 from seal_jax.tasks.base import View
 
@@ -43,13 +42,13 @@ STAGES = {
 def write_report(run_folder: str | os.PathLike[str]) -> pathlib.Path:
     """Writes `report.html` into the run folder and returns its path. Raises `SealError` if this is no run or it cannot be written."""
     folder = store.existing(run_folder).folder
-    source = (importlib.resources.files("seal_jax.runs") / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = jinja2.PackageLoader("seal_jax", "runs")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "percent": table.percent, "interval": table.interval}
     environment.filters |= {"duration": duration, "number": "{:,}".format, "counted": counted}
     try:
-        page = environment.from_string(source).render(view(folder))
-    except (KeyError, TypeError, AttributeError, IndexError, jinja2.UndefinedError) as error:
+        page = environment.get_template("report.html.j2").render(view(folder))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, jinja2.UndefinedError) as error:
         raise SealError(
             f"{folder}: a file here is not of the form that this version writes ({type(error).__name__}: {error}); "
             "report it with the version that made the run"
@@ -120,10 +119,14 @@ def view(folder: pathlib.Path) -> dict[str, Any]:
     for group in [*groups("rounds/"), *groups("evaluate/")]:  # selections and M-steps among them
         if "contexts" in group and isinstance(group["contexts"], list):
             seconds.update(group.get("seconds", {}))
+    start, steps = read("continual/start"), groups("continual/steps/")
+    for unit in [start or {}, *steps]:
+        seconds.update(unit.get("seconds", {}))
     seconds["m_step"] = sum(r["m_step"].get("seconds", 0.0) for r in rounds if r["m_step"])
     events = read_events(folder / store.EVENTS)
     results = read("table")
-    sizes = {(row["contexts"], row["questions"]) for row in (results or {}).get("rows", [])}
+    ordinary = results if results and results.get("kind") != "continual" else None
+    sizes = {(row["contexts"], row["questions"]) for row in (ordinary or {}).get("rows", [])}
     phases = [(f"round {r['number']}", r["contexts"]) for r in rounds]
     phases += [(EVALUATIONS.get(name, name).removeprefix("the "), contexts) for name, contexts in evaluations.items()]
     config_text = (folder / store.CONFIG).read_text(encoding="utf-8", errors="replace")
@@ -151,7 +154,7 @@ def view(folder: pathlib.Path) -> dict[str, Any]:
         "status": _status(folder, events, results is not None),
         "started": events[0]["time"][:16].replace("T", " ") if events else None,
         "worked": _worked(events),
-        "table": results,
+        "table": ordinary,
         "sizes": sizes.pop() if len(sizes) == 1 else None,
         "gain": table.GAIN,
         "rounds": summaries,
@@ -165,6 +168,8 @@ def view(folder: pathlib.Path) -> dict[str, Any]:
         "examples_source": shown_source,
         "examples": [_example(label, context) for label, context in _pick(shown_contexts)],
         "sequences": SEQUENCES,
+        "continual": continual_view.view(start, steps, None if ordinary else results) if start else None,
+        "answer": _answer,
         "notices": [*notices, *_notices(events)],
     }
 

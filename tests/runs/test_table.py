@@ -1,4 +1,4 @@
-from seal_jax.runs.table import format_table, interval, percent
+from seal_jax.runs.table import figure, format_table, interval, percent
 
 
 def row(**given):
@@ -36,3 +36,35 @@ def test_ungraded_and_missing_figures():
     assert "ungraded" not in format_table({"rows": [row()]})
     assert format_table({"rows": [row(low=None, high=None, gain=None, gain_low=None, gain_high=None)]}).endswith("35.0")
     assert format_table({"rows": []}) == "no results yet"
+
+
+def continual_row(method="sequential", **given):
+    known = {"newest": [0.5, 0.4, 0.6], "earlier": [0.25, 0.2, 0.3], "backward": [-0.25, -0.3, -0.2], "perplexity": [25.04, 9.0, 101.0]}
+    base = {"method": method, "sequences": 8, "passages": 4, "newest_difference": None, "earlier_difference": None}
+    return {**base, **known, "refused": 0, "scaled": 0, "unusable": 0, "ungraded": 0, **given}
+
+
+def test_continual_table_is_aligned():
+    rows = [
+        continual_row("no adaptation", backward=None, perplexity=[8.126, None, None]),
+        continual_row(),
+        continual_row("replay", earlier_difference=[0.1, -0.05, 0.25], refused=12),
+    ]
+    table = {"kind": "continual", "reference": "sequential", "rows": rows, "matrices": {"replay": {"mean": [[0.987]]}}, "notes": ["a note"]}
+    assert format_table(table).splitlines() == [
+        "method         sequences  passages           newest %          earlier %              backward          perplexity"
+        "  earlier, to sequential  refused",
+        "-------------  ---------  --------  -----------------  -----------------  --------------------  ------------------"
+        "  ----------------------  -------",
+        "no adaptation          8         4  50.0 [40.0, 60.0]  25.0 [20.0, 30.0]      –                 8.13              "
+        "         –                      0",
+        "sequential             8         4  50.0 [40.0, 60.0]  25.0 [20.0, 30.0]  -25.0 [-30.0, -20.0]  25.0 [9.00, 101.0]"
+        "         –                      0",
+        "replay                 8         4  50.0 [40.0, 60.0]  25.0 [20.0, 30.0]  -25.0 [-30.0, -20.0]  25.0 [9.00, 101.0]"
+        "     +10.0 [-5.0, +25.0]       12",
+        "  a note",
+    ]
+
+
+def test_perplexities():
+    assert [figure(v) for v in (None, 1.0, 8.126, 25.04, 1234.56, 2.5e7)] == ["–", "1.00", "8.13", "25.0", "1234.6", "2.5e+07"]
