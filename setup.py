@@ -21,7 +21,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["seal_jax", "seal_jax.*"]),
-    package_data={"seal_jax": ["tasks/*/data/*.json", "experiments/data/*.json", "runs/*.j2"]},
+    package_data={"seal_jax": ["tasks/*/data/*.json", "rest_em/data/*.json", "runs/*.j2"]},
     install_requires=[
         # device code
         "jax>=0.8,<0.13",

@@ -16,11 +16,11 @@ from typing import Any
 from seal_jax import rng
 from seal_jax.config import MethodConfig, RunConfig
 from seal_jax.errors import SealError
-from seal_jax.experiments import continual_table, general, matrix
+from seal_jax.experiments import continual_table, matrix
 from seal_jax.experiments.gate import Gate
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import processes
-from seal_jax.rest_em import loop
+from seal_jax.rest_em import general, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit

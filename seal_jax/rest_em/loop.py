@@ -21,13 +21,12 @@ from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
-from seal_jax.experiments import general
 from seal_jax.grade import base as grade
 from seal_jax.models import load
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
 from seal_jax.progress import bar
-from seal_jax.rest_em import retention
+from seal_jax.rest_em import general, retention
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, measure
 from seal_jax.rest_em.policy import Policy

@@ -5,6 +5,8 @@
     events.jsonl      what happened when (`seal_jax.runs.events`)
     <unit>.json       the result of a unit, say rounds/1/e_step/000.json; there and whole, or not there
     policy/1/         the policy's adapter after round 1 (`seal_jax.runs.checkpoint`)
+    memory/1/         what it was taught before round 1, if rewards count that (`seal_jax.rest_em.retention`)
+    adapters/000/     what the lanes of a continual run learnt at step 0 (`seal_jax.experiments.continual`)
 
 A run is a pure function of its configuration, and a unit is computed from that and from earlier units alone. So a run that was stopped
 at any moment, by SIGKILL too, and went on has the files of one that was never stopped.
@@ -40,6 +42,7 @@ from seal_jax.runs import files
 from seal_jax.runs.events import EventLog, WarningEvents
 
 CONFIG, VERSIONS, EVENTS, LOCK = "config.yaml", "versions.json", "events.jsonl", "lock"
+CHECKPOINTS = ("policy/", "memory/", "adapters/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
 # Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
@@ -207,7 +210,7 @@ class RunStore:
     def _names(self, prefix: str = "") -> list[str]:
         root = self.folder / prefix.rpartition("/")[0]
         found = (self._name(path) for path in root.rglob("*.json") if path.name != VERSIONS and not path.name.startswith("."))
-        units = [name for name in found if name.startswith(prefix) and not name.startswith("policy/")]  # policy/: orbax's own files
+        units = [name for name in found if name.startswith(prefix) and not name.startswith(CHECKPOINTS)]
         return sorted(units, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
     def _path(self, name: str) -> pathlib.Path:

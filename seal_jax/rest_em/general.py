@@ -1,4 +1,4 @@
-"""The held general text: what a continual run measures its side effects on, since no passage is about it. Host code."""
+"""The held general text: what side effects of edits are measured on, since no passage is about it. Host code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def texts(source: str) -> list[str]:
     missing, malformed, or holds no text.
     """
     if source == OWN:
-        return json.loads((importlib.resources.files("seal_jax.experiments") / "data" / "general.json").read_text(encoding="utf-8"))
+        return json.loads((importlib.resources.files("seal_jax.rest_em") / "data" / "general.json").read_text(encoding="utf-8"))
     path = pathlib.Path(source)
     if path.suffix not in (".txt", ".json"):
         raise SealError(f"general text {source!r}: expected {OWN!r}, or a .txt or .json file")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from seal_jax.errors import SealError
-from seal_jax.experiments.general import texts
+from seal_jax.rest_em.general import texts
 
 
 def test_our_own():
