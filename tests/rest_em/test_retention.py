@@ -14,9 +14,9 @@ from seal_jax.runs.store import RunStore
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory, write_config):
     texts = tmp_path_factory.mktemp("texts") / "texts.txt"
-    texts.write_text("The mayor owns boats.\n\nOrsk sells salt and Vell sells tin.\n")
+    texts.write_text("Jumpy zebras quiz 17 vexed foxes? No!\n\nA quick judge waxes; he hums.\n")
     rest_em = {"rounds": 1, "contexts": 2, "edits": 2, "seeds": 1, "group": 2}
-    rest_em["retention"] = {"contexts": 2, "weight": 0.5, "bits": 0.25, "texts": str(texts)}
+    rest_em["retention"] = {"contexts": 1, "weight": 0.5, "bits": 0.25, "texts": str(texts)}
     path = write_config(tmp_path_factory.mktemp("retention"), rest_em=rest_em)
     return config.load(path, ["evaluate.during_training=false"])
 
@@ -33,7 +33,7 @@ def test_the_score_is_the_reward_less_what_got_worse(finished, settings):
     assert 0.0 <= memory["accuracy"] <= 1.0 and memory["bits"] > 0
     records = finished["rounds/1/e_step/000"]["contexts"]
     taught = {c["id"] for c in finished["rounds/1/memory_edits"]["contexts"]}
-    assert len(taught) == 2 and not taught & {r["id"] for r in records}
+    assert len(taught) == 1 and not taught & {r["id"] for r in records}
     harmed = 0
     for record in records:
         for edit in record["edits"]:
