@@ -126,7 +126,7 @@ class EvaluateConfig:
     resamples: int = 10000  # bootstrap resamples of contexts
     group: int = 10  # contexts measured in one go
     during_training: bool = True  # the table at the start and at the end of `train`
-    beside: list[str] = dataclasses.field(default_factory=list)  # files of the original's results, for rows of the table below ours
+    beside: list[str] = dataclasses.field(default_factory=list)  # files of the original's results, whose rows stand below ours
 
 
 @dataclasses.dataclass

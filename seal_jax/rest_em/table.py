@@ -105,6 +105,8 @@ def table(
     if edits > 1 and seeds > 1:
         said.append(f"best of K: of {edits} self-edits the best on seed 0, scored on the other seeds")
     below = dict.fromkeys(figure.note for figure in beside if figure.note)
+    if beside:
+        said.append("rows of other files were measured with their own model, contexts and grader, so that they have no gain")
     return {"rows": result, "notes": [*said, *notes, *below]}
 
 

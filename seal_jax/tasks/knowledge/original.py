@@ -8,8 +8,11 @@
     continued pretraining       {server_reply: {baseline_correct: [verdict], adapter_correct: [verdict]}, n_articles, per_article, ...}
                                 (`CPT.py`; results/cpt)
 
-All are JSON, gzipped (.gz) or not. `sources` takes the first two as data sources; `recorded` takes rewards and `figures` rows of the
-result table from a run. Whatever is not of this form is a `SealError` of one line that names the place in the file.
+All are JSON, gzipped (.gz) or not. The first two are data sources too (`task.train`, `task.validation`), and their self-edits stand in
+for the policy's with `task.train_edits=given` and `task.validation_edits=given`. A "rank" file is one for `rest_em.rewards`. Any run, and
+continued pretraining, is one for `evaluate.beside`; the latter has one list of verdicts for all passages, and `PATH@PASSAGES` names the
+passages or the run over them whose numbers of questions tell which verdicts belong together. Whatever is not of this form is refused in
+one line that names the place in the file.
 """
 
 from __future__ import annotations
@@ -144,11 +147,10 @@ def _trial(entries: Sequence[tuple[Any, str]], whose: str) -> Trial:
 
 
 def figures(line: str) -> list[Figure]:
-    """The rows that the results in a file are, of an evaluation or of continued pretraining. `line` is its path.
+    """The rows that the results in a file are, of a run or of continued pretraining. `line` is its path, or `PATH@PASSAGES`.
 
-    A file of continued pretraining has one list of verdicts for all passages. `PATH@PASSAGES` names the passages that it is about (a
-    passage file, or a run over them), whose numbers of questions tell which verdicts belong together; without, the figure is the mean
-    over questions, without an interval.
+    Continued pretraining without its passages gives means over questions, without an interval.
+    Raises `SealError` for a file that is missing or of another form, and for passages that are not those of the file.
     """
     where = f"evaluate.beside={line}"
     # A file may have an @ in its name.
