@@ -276,9 +276,8 @@ def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = No
             refuse_evaluation(store, "evaluate")
             stage = build(config, ("validation",))
             records, beside = evaluate(stage, store, "before"), given.figures(config, stage.task)
-            return store.once(
-                "table", lambda: summary(config, {policy_name(0): records}, beside)
-            )  # that of a trained run has these rows too
+            # The table of a trained run has these rows too.
+            return store.once("table", lambda: summary(config, {policy_name(0): records}, beside))
         if store.names() and not store.has(ORIGIN):
             raise SealError(f"{store.folder}: holds a run of its own, no evaluation of {trained}; choose another run_dir")
         source = existing(trained)
