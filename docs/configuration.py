@@ -16,7 +16,7 @@ from typing import Any
 
 from seal_jax import config
 from seal_jax.tasks.arc import sources as arc_sources
-from seal_jax.tasks.knowledge import prompts, sources
+from seal_jax.tasks.knowledge import original, prompts, sources
 
 PAGE = pathlib.Path(__file__).with_suffix(".md")
 INTRODUCTION = """\
@@ -46,6 +46,10 @@ KNOWLEDGE = f"""\
 
 `facts` and `chat` are chat messages, for models with a chat template. `instruct` writes Qwen's chat markup as text. The others are plain
 text, for base models. All of them stand in `seal_jax/tasks/knowledge/prompts.py`.
+
+### Files of the original's
+
+{inspect.cleandoc(original.__doc__)}
 """
 
 

@@ -127,6 +127,7 @@ class RestEmConfig:
     select: str = "best"  # "best" (best of K), "top" (top `keep`), "gain" (all above the unadapted reward) or "right" (all of reward 1)
     keep: int = 1  # how many `top` keeps a context
     group: int = 10  # contexts measured in one go; a killed run repeats at most one group
+    rewards: str | None = None  # a file of recorded rewards (the original's "rank" file), which round 1 reads instead of measuring
     retention: RetentionConfig = dataclasses.field(default_factory=RetentionConfig)
 
 
@@ -138,6 +139,7 @@ class EvaluateConfig:
     resamples: int = 10000  # bootstrap resamples of contexts
     group: int = 10  # contexts measured in one go
     during_training: bool = True  # the table at the start and at the end of `train`
+    beside: list[str] = dataclasses.field(default_factory=list)  # files of the original's results, whose rows stand below ours
 
 
 @dataclasses.dataclass
@@ -312,11 +314,13 @@ def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
         if there._is_interpolation() or (there._is_none() and here._is_optional()):
             continue
         if OmegaConf.is_dict(here):
+            if here._is_none():  # a section that is off by default
+                here = OmegaConf.structured(here._metadata.ref_type)
             if not OmegaConf.is_dict(there) or there._is_none():
                 raise SealError(f"{where}: {full}={given[key]!r}: expected a mapping of {', '.join(map(str, here))}")
             _check_keys(here, there, where, f"{full}.")
         elif OmegaConf.is_list(here) and (not OmegaConf.is_list(there) or there._is_none()):
-            example = "a,b" if here._is_none() else ", ".join(map(str, here[:2]))
+            example = "a,b" if here._is_none() or not here else ", ".join(map(str, here[:2]))
             raise SealError(f"{where}: {full}={given[key]!r}: expected a list, as in [{example}]")
         elif not OmegaConf.is_list(here) and (OmegaConf.is_dict(there) or OmegaConf.is_list(there)):
             raise SealError(f"{where}: {full}={OmegaConf.to_container(there)!r}: expected a single value")

@@ -26,15 +26,15 @@ from seal_jax.models import load
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
 from seal_jax.progress import bar
-from seal_jax.rest_em import general, retention
+from seal_jax.rest_em import general, given, retention
 from seal_jax.rest_em import table as table_lib
-from seal_jax.rest_em.measure import NONE, measure
+from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.policy import Policy
 from seal_jax.rest_em.select import Candidate, select
 from seal_jax.runs import checkpoint, files
 from seal_jax.runs.report import write_report
 from seal_jax.runs.store import CONFIG, RunStore, existing
-from seal_jax.tasks.base import Context, Prompt, Task
+from seal_jax.tasks.base import Context, Figure, Prompt, Task
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,15 @@ def load_policy(config: RunConfig) -> Policy:
     return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh)), config, mesh)
 
 
-def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0) -> Stage:
+def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0, edits: str | None = None) -> Stage:
     """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
 
-    The task comes first: what it finds wrong shows before a model is loaded.
+    The task comes first: what it finds wrong shows before a model is loaded. `edits` is the config key that says how many self-edits a
+    context gets, where it is not that of the split's usual purpose.
     """
     task = tasks.build(config.task, grader(config))
     contexts = {split: task.contexts(split) for split in splits}
+    given.check(config, task, contexts, edits)
     if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
         raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
     policy = load_policy(config)
@@ -172,10 +174,12 @@ def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -
 
 
 def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
-    """Round `number` (from 1): K self-edits a context, each measured over S seeds."""
+    """Round `number` (from 1): K self-edits a context, each measured over S seeds; the first may be read from `rest_em.rewards`."""
     r = stage.policy.config.rest_em
     everyone = stage.contexts["train"]
     contexts = take(everyone, r.contexts, (number - 1) * r.contexts)
+    if number == 1 and r.rewards is not None:
+        return store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
     memory = None
     if retention.wanted(r.retention):
         if len(contexts) + r.retention.contexts > len(everyone):
@@ -187,6 +191,12 @@ def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
         memory = retention.remember(stage, store, number, after, stage.policy.texts(general.texts(r.retention.texts)))
     options = {"key": ("round", number), "edits": r.edits, "seeds": r.seeds, "baselines": False, "memory": memory}
     return run_groups(stage, store, f"rounds/{number}/e_step", contexts, r.group, **options)
+
+
+def read_rewards(stage: Stage, contexts: Sequence[Context]) -> dict[str, Any]:
+    """What `measure` would give of `contexts`, from the file `rest_em.rewards`."""
+    found = given.recorded(stage.policy.config, stage.task, contexts)
+    return {"contexts": [from_recorded(stage.task, c, r) for c, r in zip(contexts, found, strict=True)], "seconds": {}}
 
 
 def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -232,11 +242,11 @@ def policy_name(rounds: int) -> str:
     return f"after {rounds} round{'s' if rounds > 1 else ''}" if rounds else "base"
 
 
-def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """The table of the evaluations, by policy name."""
+def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]], beside: Sequence[Figure] = ()) -> dict[str, Any]:
+    """The table of the evaluations, by policy name, with the rows `beside` below."""
     e = config.evaluate
-    names = tasks.view(config.task.name).names
-    return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, names=names)
+    options = {"names": tasks.view(config.task.name).names, "beside": beside}
+    return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, **options)
 
 
 def train(config: RunConfig) -> dict[str, Any]:
@@ -257,7 +267,7 @@ def train(config: RunConfig) -> dict[str, Any]:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:
             return {"rows": [], "notes": []}
-        table = files.dump(summary(config, evaluations))
+        table = files.dump(summary(config, evaluations, given.figures(config, stage.task)))
         if processes.first():
             files.write_atomic(store.folder / "table.json", table)  # over what `evaluate` may have left there, which has less
         return json.loads(table)
@@ -305,8 +315,9 @@ def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = No
     with open_run(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")
-        records = evaluate(stage, store, "after" if rounds else "before")  # `train` leaves the latter in its own folder, with a table
-        return store.once("table", lambda: summary(config, {policy_name(rounds): records}))
+        # `train` leaves the latter in its own folder, with a table that has these rows too.
+        records, beside = evaluate(stage, store, "after" if rounds else "before"), given.figures(config, stage.task)
+        return store.once("table", lambda: summary(config, {policy_name(rounds): records}, beside))
 
 
 def fingerprint(store: RunStore) -> str:
@@ -326,11 +337,11 @@ def generate(config: RunConfig, split: str, limit: int, trained: str | os.PathLi
     source = None if trained is None else existing(trained)
     if source is not None:
         refuse_evaluation(source, "generate from")
-    stage = build(config, (split,), source, rounds_done(source) if source is not None else 0)
+    stage = build(config, (split,), source, rounds_done(source) if source is not None else 0, "rest_em.edits")
     policy, task = stage.policy, stage.task
     for context in stage.contexts[split][:limit]:
         keys = [("generate", context.id, k) for k in range(config.rest_em.edits)]
-        for candidate, text in enumerate(policy.write([task.edit_prompt(context)], [keys])[0]):
+        for candidate, text in enumerate(given.write(policy, task, [context], [keys], "writing self-edits")[0]):
             data = task.training_set(context, text)
             sequences = [s.shown for s in data.sequences]
             yield {"context": context.id, "candidate": candidate, "text": text, "problem": data.problem, "sequences": sequences}

@@ -5,6 +5,7 @@ The E-step of ReST-EM and the evaluation both are this; they differ in which met
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from seal_jax.parallel import mesh as mesh_lib
-from seal_jax.rest_em import retention
+from seal_jax.rest_em import given, retention
 from seal_jax.rest_em.policy import Edit, Key, Policy
 from seal_jax.rest_em.retention import Memory
-from seal_jax.tasks.base import Context, Score, Task, TrainingSet
+from seal_jax.tasks.base import Context, Recorded, Score, Task, TrainingSet, Trial
 
 NONE = "no adaptation"
 
@@ -34,14 +35,15 @@ def measure(
 ) -> dict[str, Any]:
     """The record of one group: for each context what every method answered and earned, over `seeds` inner-loop seeds.
 
-    `edits` self-edits are sampled a context (K). `baselines` adds the task's own training sets (the passage alone). `key` names the
-    random draws, together with context, candidate and seed. The bare policy answers once a context, not once a trial. With a `memory`,
-    everything is on top of that, each trial tells what became of it, and a self-edit has a "score", its reward less what it harmed.
+    `edits` self-edits are sampled a context (K), or are the first of those that the task has for it. `baselines` adds the task's own
+    training sets (the passage alone). `key` names the random draws, together with context, candidate and seed. The bare policy answers
+    once a context, not once a trial. With a `memory`, everything is on top of that, each trial tells what became of it, and a self-edit
+    has a "score", its reward less what it harmed.
     """
     clock, held = Clock(), None if memory is None else memory.held
     with clock("sample"):
         keys = [[(*key, context.id, k) for k in range(edits)] for context in contexts]
-        texts = policy.write([task.edit_prompt(c) for c in contexts], keys, f"writing self-edits{what}")
+        texts = given.write(policy, task, contexts, keys, f"writing self-edits{what}")
     trials: list[tuple[int, str | int, int, TrainingSet]] = []  # (context, baseline or candidate, seed, data)
     sets: list[dict[str | int, TrainingSet]] = []  # per context, by baseline or candidate
     for i, context in enumerate(contexts):
@@ -74,27 +76,41 @@ def measure(
     records = []
     for i, context in enumerate(contexts):
         measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
-        records.append(
-            {
-                "id": context.id,
-                "title": context.title,
-                "passage": task.text(context),
-                "questions": [list(pair) for pair in task.describe(context)],
-                "methods": {NONE: [plain[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}},
-                "edits": [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])],
-            }
-        )
-        for edit in records[-1]["edits"] if memory is not None else ():
+        methods = {NONE: [plain[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}}
+        edited = [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
+        for edit in edited if memory is not None else ():
             cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
             edit["score"] = None if edit["reward"] is None else edit["reward"] - cost
+        records.append(_record(task, context, methods, edited))
     return {"contexts": records, "seconds": clock.seconds}
+
+
+def from_recorded(task: Task, context: Context, found: Recorded) -> dict[str, Any]:
+    """A context's record of what was measured elsewhere, in the form of `measure`. What was trained on is not known of it."""
+
+    def told(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        return [_trial(i, t.outputs, np.zeros(0), t.score) for i, t in enumerate(trials)]
+
+    edits = [_edit(k, text, TrainingSet(()), told(trials)) for k, (text, trials) in enumerate(found.edits)]
+    return _record(task, context, {NONE: told([found.unadapted])}, edits)
+
+
+def _record(task: Task, context: Context, methods: dict[str, Any], edits: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "id": context.id,
+        "title": context.title,
+        "passage": task.text(context),
+        "questions": [list(pair) for pair in task.describe(context)],
+        "methods": methods,
+        "edits": edits,
+    }
 
 
 def _kept(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> list[float | None]:
     """The share of the memory's questions that each trial still answers right, from its outputs to all of them."""
     items = []
-    for given in outputs:
-        parts = iter(given)
+    for answered in outputs:
+        parts = iter(answered)
         items += [(c, tuple(next(parts) for _ in task.probes(c))) for c in memory.contexts]
     scores = iter(task.score(items))
     return [retention.share([v for _ in memory.contexts for v in next(scores).verdicts]) for _ in outputs]
@@ -124,7 +140,8 @@ def _edit(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, A
         "dropped": data.dropped,
         "sequences": [s.shown for s in data.sequences],
         "trials": trials,
-        "reward": 0.0 if data.problem else float(np.mean(rewards)) if rewards else None,
+        # Exact before it is rounded, so that 0.2, 0.4 and 0.6 are no more than three times 0.4.
+        "reward": 0.0 if data.problem else statistics.mean(rewards) if rewards else None,
     }
 
 

@@ -126,7 +126,9 @@ class Policy:
         for prompt, candidates, adapter in zip(prompts, keys, [0] * len(prompts) if places is None else places, strict=True):
             ids = tuple(self.tokenizer.encode_prompt(prompt))
             limit = min(c.max_tokens, self.max_length - len(ids))
-            form = for_schema(prompt.schema, self.tokenizer.token_bytes) if prompt.schema is not None and c.constrained else None
+            form = None
+            if prompt.schema is not None and c.constrained:
+                form = for_schema(prompt.schema, self.tokenizer.token_bytes, prompt.then_text)
             for key in candidates:
                 words = tuple(rng.words(self.config.seed, *key, "sample").tolist())
                 requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words, int(adapter), form))

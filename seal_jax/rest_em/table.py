@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from seal_jax import rng
+from seal_jax.tasks.base import Figure
 
 EDIT = "passage + self-edit"
 
@@ -71,10 +72,12 @@ def table(
     seed: int,
     notes: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
+    beside: Sequence[Figure] = (),
 ) -> dict[str, Any]:
     """The table of the evaluations `groups` (policy name -> its contexts' records; all of the same contexts).
 
     `gain` is over "no adaptation" of the first policy, paired by context. `names` are other words for methods (`tasks.base.View`).
+    `beside` was measured elsewhere: its rows come last and have no gain, for want of paired contexts.
     """
     found = [row for policy, contexts in groups.items() if contexts for row in rows(contexts, policy, seeds, edits)]
     first = next(iter(groups.values()))
@@ -84,20 +87,33 @@ def table(
     for row in found:
         values = row.pop("values")
         row["method"] = (names or {}).get(row["method"], row["method"])
-        known = np.asarray([v for v in values if v is not None], np.float64)
+        _estimate(row, values, questions, resamples, seed)
         paired = np.asarray([v - r for v, r in zip(values, reference, strict=True) if v is not None and r is not None], np.float64)
-        row.update(contexts=len(known), questions=questions, mean=None, low=None, high=None, gain=None, gain_low=None, gain_high=None)
-        if len(known):
-            row["mean"] = float(known.mean())
-            row["low"], row["high"] = bootstrap(known, resamples, seed)
         if len(paired) and values is not reference:
             row["gain"] = float(paired.mean())
             row["gain_low"], row["gain_high"] = bootstrap(paired, resamples, seed)
         result.append(row)
+    for figure in beside:
+        row = {"method": (names or {}).get(figure.method, figure.method), "policy": figure.policy, "statistic": figure.statistic}
+        row["ungraded"] = figure.ungraded
+        _estimate(row, figure.values, figure.questions, resamples, seed)
+        result.append(row if figure.values else {**row, "contexts": figure.contexts, "mean": figure.mean})
     said = [
         "accuracy: mean over contexts of the share of questions answered right; "
         f"[95 % bootstrap interval over contexts, {resamples} resamples]"
     ]
     if edits > 1 and seeds > 1:
         said.append(f"best of K: of {edits} self-edits the best on seed 0, scored on the other seeds")
-    return {"rows": result, "notes": [*said, *notes]}
+    below = dict.fromkeys(figure.note for figure in beside if figure.note)
+    if beside:
+        said.append("rows of other files were measured with their own model, contexts and grader, so that they have no gain")
+    return {"rows": result, "notes": [*said, *notes, *below]}
+
+
+def _estimate(row: dict[str, Any], values: Sequence[float | None], questions: int, resamples: int, seed: int) -> None:
+    """Fills the row's figures in, but for the gain."""
+    known = np.asarray([v for v in values if v is not None], np.float64)
+    row.update(contexts=len(known), questions=questions, mean=None, low=None, high=None, gain=None, gain_low=None, gain_high=None)
+    if len(known):
+        row["mean"] = float(known.mean())
+        row["low"], row["high"] = bootstrap(known, resamples, seed)

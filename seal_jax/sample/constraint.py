@@ -23,6 +23,7 @@ from seal_jax.models.folder import one_line
 from seal_jax.sample import schema as json_schema
 from seal_jax.sample.logits import Guide
 
+TEXT = r"\n[^\x00]*"  # a new line of any text, whole characters of UTF-8
 MAX_STATES = 2048  # a state costs a bit a token on the device, and twice two bytes a token on the host for a moment
 
 Tokens = Sequence[bytes | None]  # what each id adds to a text; None: nothing that a constraint may use (`Tokenizer.token_bytes`)
@@ -41,9 +42,11 @@ class Constraint:
     final: np.ndarray  # [S] bool
 
 
-def for_schema(schema: Mapping[str, Any], tokens: Tokens) -> Constraint:
-    """The constraint to JSON that satisfies `schema`, written as `seal_jax.sample.schema` says. Raises `SealError` for what it refuses."""
-    return for_regex(json_schema.regex(schema), tokens)
+def for_schema(schema: Mapping[str, Any], tokens: Tokens, then_text: bool = False) -> Constraint:
+    """The constraint to JSON that satisfies `schema`, written as `seal_jax.sample.schema` says, and with `then_text` to a line break and
+    any text after it. Raises `SealError` for what that module refuses.
+    """
+    return for_regex(json_schema.regex(schema) + (TEXT if then_text else ""), tokens)
 
 
 def for_regex(regex: str, tokens: Tokens) -> Constraint:

@@ -24,17 +24,20 @@ class Prompt:
     """What the policy is asked: raw text, or chat messages rendered with the model's own chat template.
 
     Exactly one of `text` and `messages` is set. `messages` are `{"role": ..., "content": ...}`. `schema` is the JSON schema of what is to
-    be written (`seal_jax.sample.schema` says what it may hold); a policy that samples under constraints writes nothing else.
+    be written (`seal_jax.sample.schema` says what it may hold); a policy that samples under constraints writes nothing else, or with
+    `then_text` a line break after it and then any text.
     """
 
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] | None = None
     schema: Mapping[str, Any] | None = None
+    then_text: bool = False
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prompt:
         messages = data.get("messages")
-        return cls(data.get("text"), None if messages is None else tuple(dict(m) for m in messages), data.get("schema"))
+        messages = None if messages is None else tuple(dict(m) for m in messages)
+        return cls(data.get("text"), messages, data.get("schema"), data.get("then_text", False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,42 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Trial:
+    """The outputs of one model on a context's probes, one a question, and their score."""
+
+    outputs: tuple[str, ...]
+    score: Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What was measured elsewhere on a context: the model without adaptation, and each self-edit's text with its trials."""
+
+    unadapted: Trial
+    edits: tuple[tuple[str, tuple[Trial, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A row of the result table that was measured elsewhere.
+
+    `policy`, `method` and `statistic` are what its columns say, methods by their usual names. `contexts`, `questions` and `ungraded` are
+    counts. `values` has one accuracy a context, None where nothing was graded; where single contexts are not known it is empty, and `mean`
+    is the accuracy. `note` goes below the table.
+    """
+
+    policy: str
+    method: str
+    statistic: str
+    contexts: int
+    questions: int
+    ungraded: int
+    values: tuple[float | None, ...] = ()
+    mean: float | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class View:
     """How the records of a task are shown: the attribute `VIEW` of the task's package, where this default does not do.
 
@@ -163,4 +202,20 @@ class Task(Protocol):
 
     def describe(self, context: Context) -> list[tuple[str, str]]:
         """(question, reference answer) of each question, for the report. Without `Score.answers`, there is one for each probe."""
+        ...
+
+
+class Given(Protocol):
+    """What a task may have besides `Task`; each method may be missing. What it gives stands in for what would be made or measured."""
+
+    def given_edits(self, context: Context) -> Sequence[str] | None:
+        """The self-edits of the context, in order, instead of the policy's; None where the policy writes them."""
+        ...
+
+    def recorded(self, path: str, contexts: Sequence[Context]) -> list[Recorded]:
+        """What the file `path` (`rest_em.rewards`) says was measured on `contexts`, in their order. Raises `SealError` if it does not."""
+        ...
+
+    def figures(self, line: str) -> list[Figure]:
+        """The rows of one entry of `evaluate.beside`. Raises `SealError` for a file that is missing or of another form."""
         ...

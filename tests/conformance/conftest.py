@@ -1,4 +1,5 @@
-"""Conformance cases are recorded outside this repository: the folder is taken from SEAL_GOLDEN, by default `../shared/golden`."""
+"""What is recorded outside this repository: cases in the folder SEAL_GOLDEN (default `../shared/golden`), and files that the original
+published in SEAL_ORIGINAL (default `../shared/data/original`)."""
 
 import gzip
 import json
@@ -37,3 +38,16 @@ def golden_path_fixture() -> Callable[[str], pathlib.Path]:
 def golden() -> Callable[[str], Any]:
     """`golden(name)`: the cases `name` as plain JSON data; skips the test where there are none."""
     return load_golden
+
+
+@pytest.fixture(scope="session")
+def original() -> Callable[[str], str]:
+    """`original(name)`: the path of a file that the original published, `__` for `/`; skips the test where there is none."""
+
+    def find(name: str) -> str:
+        path = pathlib.Path(os.environ.get("SEAL_ORIGINAL") or ROOT.parent / "shared" / "data" / "original") / name
+        if not path.is_file():
+            pytest.skip(f"no file of the original's at {path}: set SEAL_ORIGINAL to the folder that has them")
+        return str(path)
+
+    return find

@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
-from seal_jax.rest_em.measure import measure
+from seal_jax.errors import SealError
+from seal_jax.rest_em.measure import from_recorded, measure
 from seal_jax.rest_em.policy import Adapted
-from seal_jax.tasks.base import Context, Prompt, Score, TrainingSet, TrainSequence
+from seal_jax.tasks.base import Context, Prompt, Recorded, Score, TrainingSet, TrainSequence, Trial
 
 
 class Task:
@@ -118,6 +120,49 @@ def test_without_baselines_and_with_nothing_to_fit():
     for record in (a, b):
         assert list(record["methods"]) == ["no adaptation"]
         assert [e["reward"] for e in record["edits"]] == [0.0, 0.0]
+
+
+def test_given_self_edits_are_taken_instead_of_the_policys():
+    class Given(Task):
+        def given_edits(self, context):
+            return {"a": ["some text", "bad", "never used"]}.get(context.id)
+
+    policy = Policy({("b", k): "two words" for k in range(2)})
+    a, b = run(policy, Given(), baselines=False)["contexts"]
+    assert policy.keys == [[("round", 1, "b", 0), ("round", 1, "b", 1)]], (
+        "the others are the policy's, under the keys that they always have"
+    )
+    assert [e["text"] for e in a["edits"]] == ["some text", "bad"] and [e["text"] for e in b["edits"]] == ["two words"] * 2
+    assert a["edits"][0]["reward"] == 1.0 and a["edits"][1]["problem"] == "bad"
+    with pytest.raises(SealError, match="context a: 3 given self-edits, of 4 that are asked for"):
+        run(policy, Given(), edits=4)
+
+
+def test_what_was_recorded_has_the_form_of_what_is_measured():
+    wrong, right, unknown = (Trial(("x", "y"), Score.of(v)) for v in ([False, False], [True, True], [None, None]))
+    low = Trial(("x", "y"), Score.of([True, False]))
+    edits = (("one", (wrong, right, low)), ("two", (low, low, low)), ("three", (unknown,)), ("four", ()))
+    record = json.loads(json.dumps(from_recorded(Task(), CONTEXTS[0], Recorded(wrong, edits))))
+    measured = run(Policy({(c, k): "some text" for c in "ab" for k in range(2)}), Task(), baselines=False)["contexts"][0]
+    assert record.keys() == measured.keys() and record["edits"][0].keys() == measured["edits"][0].keys()
+    assert record["edits"][0]["trials"][0].keys() == measured["edits"][0]["trials"][0].keys()
+    assert {k: record[k] for k in ("id", "title", "passage", "questions")} == {
+        k: measured[k] for k in ("id", "title", "passage", "questions")
+    }
+    assert [t["reward"] for t in record["methods"]["no adaptation"]] == [0.0]
+    assert [(e["text"], e["reward"]) for e in record["edits"]] == [("one", 0.5), ("two", 0.5), ("three", None), ("four", None)]
+    assert [(t["seed"], t["outputs"], t["verdicts"]) for t in record["edits"][0]["trials"][:2]] == [
+        (0, ["x", "y"], [False, False]),
+        (1, ["x", "y"], [True, True]),
+    ]
+
+
+def test_equal_rewards_are_equal_in_whatever_order_their_trials_came():
+    def reward(*rewards):
+        trials = tuple(Trial(("x",), Score((True,), r)) for r in rewards)
+        return from_recorded(Task(), CONTEXTS[1], Recorded(trials[0], (("", trials),)))["edits"][0]["reward"]
+
+    assert reward(0.2, 0.4, 0.6) == reward(0.6, 0.4, 0.2) == reward(0.4, 0.4, 0.4)
 
 
 def test_seconds_are_told_by_stage():

@@ -81,13 +81,15 @@ def test_a_chat_turn_is_learnt_with_its_end_and_its_prompt_where_asked(policy):
 def test_self_edits_have_the_form_of_the_schema(policy, model):
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 9}, "on": {"type": "boolean"}}}
     schema |= {"required": ["n", "on"], "additionalProperties": False}
-    prompts, keys = [Prompt("Orsk:", schema=schema), Prompt("Vell:")], [[("s", 0), ("s", 1)], [("s", 2)]]
+    prompts = [Prompt("Orsk:", schema=schema), Prompt("Vell:"), Prompt("Orsk:", schema=schema, then_text=True)]
+    keys = [[("s", 0), ("s", 1)], [("s", 2)], [("s", 3)]]
     for change, formed in ({}, True), ({"constrained": False}, False):
         policy = make_policy(model, sample={"max_tokens": 40, "rows": 2, **change})
-        (one, two), (free,) = policy.write(prompts, keys)
-        assert [text.startswith('{"n": ') for text in (one, two, free)] == [formed, formed, False]
+        (one, two), (free,), (opened,) = policy.write(prompts, keys)
+        assert [text.startswith('{"n": ') for text in (one, two, free, opened)] == [formed, formed, False, formed]
         if formed:
-            assert all(1 <= json.loads(text)["n"] <= 9 for text in (one, two))
+            line, _, more = opened.partition("\n")
+            assert all(1 <= json.loads(text)["n"] <= 9 for text in (one, two, line)) and more
 
 
 def test_prompts_that_fit(policy):

@@ -4,6 +4,7 @@ import pytest
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.table import best_of_k, bootstrap, table
 from seal_jax.runs.table import format_table
+from seal_jax.tasks.base import Figure
 
 
 def trial(reward, seed=0, verdicts=None):
@@ -140,3 +141,20 @@ def test_best_of_k_needs_two_edits_and_two_seeds():
     assert statistics(1, 2) == ["single", "single", "mean of K"], "chosen and scored on one seed, it would flatter itself"
     assert statistics(2, 1) == ["single", "single", "mean of K"]
     assert [row["method"] for row in table_lib.rows(contexts, "base", 2, 0)] == ["no adaptation", "passage only"]
+
+
+def test_what_was_measured_elsewhere_stands_below_without_a_gain():
+    contexts = [context(0.0, [0.5]), context(0.5, [1.0])]
+    told = Figure("original: base", "no adaptation", "single", 4, 9, 1, (0.0, 1.0, 1.0, None))
+    whole = Figure("original: cpt", "continued pretraining", "single", 200, 974, 0, mean=0.4, note="means over questions")
+    beside = [told, whole, whole]
+    result = table({"base": contexts}, seeds=1, edits=0, resamples=200, seed=0, names={"no adaptation": "as it is"}, beside=beside)
+    first, second, third, fourth, _ = result["rows"]
+    assert first["gain"] is None and second["gain"] == 0.5
+    assert (third["method"], third["policy"]) == ("as it is", "original: base")
+    assert (third["contexts"], third["questions"], third["ungraded"], third["gain"]) == (3, 9, 1, None)
+    assert third["mean"] == pytest.approx(2 / 3) and (third["low"], third["high"]) == (0.0, 1.0)
+    assert (fourth["mean"], fourth["low"], fourth["contexts"], fourth["questions"]) == (0.4, None, 200, 974)
+    assert all(row.keys() == first.keys() for row in result["rows"])
+    assert result["notes"].count("means over questions") == 1 and any("their own model, contexts and grader" in n for n in result["notes"])
+    assert "original: cpt" in format_table(result)

@@ -46,6 +46,21 @@ def test_tokens_lead_where_their_bytes_do(regex, tokens, data):
     assert reached.all()
 
 
+def test_text_may_follow_what_a_schema_allows():
+    tokens = [*(bytes([b]) for b in range(256)), b"1\n", "é\n".encode()]
+    constraint = for_schema({"enum": [1, 23]}, tokens, then_text=True)
+
+    def ends(text):
+        state = follow(constraint, text)
+        return state >= 0 and bool(constraint.final[state])
+
+    assert ends(b"1\n") and ends(b"23\n") and ends([256]) and ends(b"1\n{any}\n\ttext \x01" + "é東🙂".encode()) and ends([256, 257, 257])
+    assert not ends(b"1") and not ends(b"2\n") and not ends(b"1 \n") and not ends(b"\n") and not ends([257])
+    assert follow(constraint, b"1\na\0") == -1 and follow(constraint, b"1\n\xff") == -1
+    assert follow(constraint, b"1\n\xe6\x9d") > 0 and not ends(b"1\n\xe6\x9d"), "it does not end within a character"
+    assert constraint is not for_schema({"enum": [1, 23]}, tokens)
+
+
 def test_what_cannot_be_finished_is_not_begun():
     constraint = for_regex("ab|ac", [b"a", b"c", b"ab"])
     assert follow(constraint, [0]) > 0 and follow(constraint, [2]) > 0

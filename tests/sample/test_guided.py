@@ -15,6 +15,7 @@ from seal_jax.models.decoder import Decoder, logits
 from seal_jax.sample import decode
 from seal_jax.sample.constraint import for_regex, for_schema
 from seal_jax.sample.engine import Request, generate
+from seal_jax.tasks.knowledge import directives
 
 ROWS, LIMIT = 4, 128
 EDIT = {
@@ -105,6 +106,21 @@ def test_many_hot_samples(world):
     done = generate(decoder, model.params, asked, stop=model.tokenizer.eos_ids, rows=8)
     assert all(is_edit(model.tokenizer.decode(g.tokens)) if g.stopped else len(g.tokens) == LIMIT for g in done)
     assert sum(g.stopped for g in done) > 12 and len({g.tokens for g in done}) == len(done)
+
+
+def test_directives_open_every_sample_and_any_text_follows(world):
+    model, decoder, requests, _ = world
+    bounds = directives.Config([0.0005, 0.02], [2, 12])
+    constraint = for_schema(directives.schema(bounds), model.tokenizer.token_bytes, then_text=True)
+    asked = [Request(requests[0].prompt, LIMIT, 1.0 + i % 4, key=tuple(rng.words(2, i).tolist()), constraint=constraint) for i in range(16)]
+    done = generate(decoder, model.params, asked, stop=model.tokenizer.eos_ids, rows=8)
+    found = [directives.split(model.tokenizer.decode(g.tokens), bounds) for g in done]
+    assert not [problem for problem in found if isinstance(problem, str)], "no number was cut short by the limit, nor out of bounds"
+    assert all(None not in (chosen.learning_rate, chosen.epochs, chosen.loss) for chosen, _ in found)
+    assert len({chosen for chosen, _ in found}) > 8 and {chosen.loss for chosen, _ in found} == {"all", "part"}
+    texts = [text for _, text in found]
+    assert not any("\0" in text for text in texts)
+    assert sum(len(text) > 20 for text in texts) > 8 and any("\n" in text for text in texts) and not all(text.isascii() for text in texts)
 
 
 def test_a_limit_cuts(world):

@@ -9,6 +9,7 @@ def test_records_survive_json():
     records = [
         Prompt("Say it:"),
         Prompt(messages=messages, schema={"type": "boolean"}),
+        Prompt("Say it:", schema={"type": "boolean"}, then_text=True),
         Context("a-0", "A", {"train": [1, 2]}),
         Score.of([True, None, False]),
         Score.of([True], ["one of many"]),

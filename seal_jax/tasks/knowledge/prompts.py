@@ -7,10 +7,14 @@ renders, worded for small chat models.
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 from seal_jax.tasks.base import Prompt
+from seal_jax.tasks.knowledge.directives import Config as Bounds
 
 _READ = "Let's read the following passage and "
-_PASSAGE = "\n\nPassage:\n{title}\n{context}\n\n"
+_PASSAGE_HEAD = "\n\nPassage:\n"
+_PASSAGE = _PASSAGE_HEAD + "{title}\n{context}\n\n"
 
 # What the policy reads to write a self-edit: raw text with the fields {title} and {context}.
 EDIT_TEXTS = {
@@ -48,6 +52,16 @@ EDIT_MESSAGES = {
     ),
 }
 
+# What every edit prompt says besides where the policy is asked for directives too (`directives.py`), with their bounds as fields.
+DIRECTIVES = (
+    "Before that, write one line of JSON that says how to train on what you write: "
+    '{{"learning_rate": a number from {low} to {high}, "epochs": a whole number from {fewest} to {most}, '
+    '"loss": "all" or "part", which leaves the title out}}.'
+)
+# Before what that sentence stands in a raw text; in messages it ends the first of them.
+_DIRECTIVES_BEFORE = {"instruct": "<|im_end|>"}
+_SELF_QA_OPENING = "Question 1: "  # the JSON stands before it, and the policy writes it itself
+
 # What the adapted model reads, with the field {question}; the passage is not in it.
 ANSWER_TEXTS = {
     "base": "Let's answer a question directly and concisely.\nQuestion: {question}\nAnswer:\n",
@@ -67,9 +81,26 @@ EDIT_STYLES = (*EDIT_MESSAGES, *EDIT_TEXTS)
 ANSWER_STYLES = (*ANSWER_MESSAGES, *ANSWER_TEXTS)
 
 
-def edit_prompt(style: str, title: str, context: str) -> Prompt:
-    """The prompt of one of `EDIT_STYLES`: what the policy reads to write a self-edit about a passage."""
-    return _fill(style, EDIT_TEXTS, EDIT_MESSAGES, title=title, context=context)
+def edit_prompt(style: str, title: str, context: str, directives: Bounds | None = None) -> Prompt:
+    """The prompt of one of `EDIT_STYLES`: what the policy reads to write a self-edit about a passage, with `directives` or without."""
+    prompt = _fill(style, EDIT_TEXTS, EDIT_MESSAGES, title=title, context=context)
+    return prompt if directives is None else _asking_for(directives, prompt, style)
+
+
+def _asking_for(directives: Bounds, prompt: Prompt, style: str) -> Prompt:
+    (low, high), (fewest, most) = directives.learning_rates, directives.epochs
+    sentence = DIRECTIVES.format(low=_plain(low), high=_plain(high), fewest=fewest, most=most)
+    if prompt.messages is not None:
+        first, *rest = prompt.messages
+        return Prompt(messages=({**first, "content": f"{first['content']} {sentence}"}, *rest))
+    # The template's own mark comes first, whatever is in the passage.
+    head, mark, tail = (prompt.text or "").partition(_DIRECTIVES_BEFORE.get(style, _PASSAGE_HEAD))
+    return Prompt(text=f"{head.rstrip()} {sentence}{mark}{tail}".removesuffix(_SELF_QA_OPENING))
+
+
+def _plain(number: float) -> str:
+    """Without an exponent, as the sample's constraint has it."""
+    return f"{Decimal(str(number)):f}"
 
 
 def answer_prompt(style: str, question: str) -> Prompt:

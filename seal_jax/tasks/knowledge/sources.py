@@ -1,22 +1,21 @@
 """Where passages come from: one line of a config each.
 
     fictional                                   the project's own demo passages, of the split that is asked for
-    path/to/file.json                           a list of {title, context, questions: [{question, answer}]}, gzipped (.json.gz) or not
+    path/to/file.json                           a list of {title, context, questions: [{question, answer}]}, gzipped (.json.gz) or not,
+                                                or an evaluation that the original wrote (`query_server.py`), gzipped or not
     datasets:rajpurkar/squad                    a data set on the Hugging Face hub; `@CONFIG` after the id picks a configuration
     datasets:/local/folder                      a folder that `datasets` can load, or one that `save_to_disk` wrote
     tfds:squad/v1.1@/data/dir                   a builder that `tensorflow_datasets` has prepared; TensorFlow itself is not needed
 
 Each may end in `#SPLIT` (default: the split that is asked for, "train" or "validation") and then in `[START:STOP]`, which counts
 passages. Rows are passages with their questions, or questions with SQuAD's columns (title, context, question, answers), which are
-grouped by (title, context) in order of first appearance.
+grouped by (title, context) in order of first appearance. Passages may come with self-edits, a list of texts under `completions`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import gzip
-import json
 import logging
 import os
 import pathlib
@@ -30,6 +29,7 @@ from typing import Any
 
 from seal_jax.errors import SealError
 from seal_jax.tasks.base import Context
+from seal_jax.tasks.knowledge import original
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,8 @@ def load(line: str, split: str, shuffle: int | None = None) -> list[Context]:
     """The usable passages of a source line, as stored or in `original_order` with the seed `shuffle`, before `[START:STOP]` applies.
 
     An item that cannot be used is skipped; one warning tells how many there were, why, and names examples. `Context.id` holds the
-    item's position in the source, and `Context.payload` is {"context": str, "questions": [{"question": str, "answer": str}]}.
+    item's position in the source, and `Context.payload` is {"context": str, "questions": [{"question": str, "answer": str}]}, with
+    "completions": [str] where the item has self-edits.
     Raises `SealError` for a source that is missing, unreadable or holds nothing usable.
     """
     source = parse(line)
@@ -173,12 +174,17 @@ def _read_item(item: Any, index: int, skipped: dict[str, list[str]]) -> Context 
     if not questions:
         skipped["with no usable question"].append(where)
         return None
-    return Context(f"{index:05d}-{_slug(title)}", title, {"context": context, "questions": questions})
+    payload: dict[str, Any] = {"context": context, "questions": questions}
+    if isinstance(completions := item.get("completions"), list):
+        payload["completions"] = [text for text in completions if isinstance(text, str) and text.strip()]
+        if lost := len(completions) - len(payload["completions"]):
+            skipped["self-edit without text"] += [where] * lost
+    return Context(f"{index:05d}-{_slug(title)}", title, payload)
 
 
 def _whole(reason: str) -> str:
     """A reason that stands alone: "item with an empty passage"."""
-    return reason if reason.startswith("question") else f"item {reason}"
+    return reason if reason.startswith(("question", "self-edit")) else f"item {reason}"
 
 
 def _text(value: Any) -> str:
@@ -230,14 +236,11 @@ def _read_json(source: Source, split: str) -> list[Any]:
 
 
 def _json_list(path: pathlib.Path, source: Source) -> list[Any]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            data = json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
-        raise SealError(f"data source {source.line}: {path} is not readable as JSON: {_one_line(error)}") from None
-    if not isinstance(data, list):
+    data = original.read_json(path, f"data source {source.line}")
+    items = original.passages(data)
+    if items is None:
         raise SealError(f"data source {source.line}: {path} holds {type(data).__name__}; expected {FORM}")
-    return data
+    return items
 
 
 def _read_datasets(source: Source, split: str) -> Iterable[Any]:

@@ -88,10 +88,17 @@ def test_a_file_may_be_named_like_a_split(tmp_path):
 
 
 def test_json_in_the_originals_form(tmp_path):
-    extra = [{**p, "completions": ["a", "b"], "prompt": "x"} for p in PASSAGES]
+    extra = [{**p, "prompt": "x"} for p in PASSAGES]
     contexts = sources.load(write(tmp_path / "a.json", extra), "train")
     check(contexts)
     assert [c.id for c in contexts] == ["00000-brindle-mill", "00001-osel-mill", "00002-corro-mill"]
+
+
+def test_self_edits_of_a_passage_are_kept(tmp_path, caplog):
+    extra = [{**PASSAGES[0], "completions": ["A.\nB.", " ", 3, "C."]}, {**PASSAGES[1], "completions": "text"}, PASSAGES[2]]
+    contexts = sources.load(write(tmp_path / "a.json", extra), "train")
+    assert [c.payload.get("completions") for c in contexts] == [["A.\nB.", "C."], None, None]
+    assert "0 of 3 items skipped: 2 self-edit without text (item 0 'Brindle Mill'" in caplog.text
 
 
 def test_json_may_be_gzipped(tmp_path):

@@ -86,10 +86,10 @@ def test_text_is_the_passage():
 
 
 def test_every_method_of_the_interface_is_there():
-    from seal_jax.tasks.base import Task
+    from seal_jax.tasks.base import Given, Task
 
-    asked = {name for name in vars(Task) if not name.startswith("_")}
-    assert "training_set" in asked
+    asked = {name for protocol in (Task, Given) for name in vars(protocol) if not name.startswith("_")}
+    assert {"training_set", "given_edits"} <= asked
     assert all(callable(getattr(task(), name)) for name in asked)
 
 
