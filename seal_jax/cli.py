@@ -83,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
     configured(command("evaluate", evaluate, f"{text} (in a folder of its own, RUN-evaluate or run_dir=...)"))
     text = "learn passage after passage and print how earlier ones are forgotten, by method"
     configured(command("continual", continual, f"{text} (of a run: in a folder of its own, RUN-continual or run_dir=...)"))
+    text = "train one model on the self-edits of many passages at once, and print what it then answers"
+    configured(command("pretrain", pretrain, f"{text} (of a run: in a folder of its own, RUN-pretrain or run_dir=...)"))
     made = configured(command("generate", generate, "write self-edits and print them as JSON lines, nothing trained"))
     made.add_argument("--split", default="validation", choices=("train", "validation"))
     made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
@@ -159,6 +161,13 @@ def continual(arguments: argparse.Namespace) -> None:
     from seal_jax.experiments import continual as experiment
 
     _finish(settings.run_dir, experiment.run(settings, trained))
+
+
+def pretrain(arguments: argparse.Namespace) -> None:
+    settings, trained = _measured(arguments, "pretrain")
+    from seal_jax.experiments import pretraining
+
+    _finish(settings.run_dir, pretraining.run(settings, trained))
 
 
 def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, pathlib.Path | str | None]:

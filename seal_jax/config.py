@@ -175,6 +175,20 @@ class ContinualConfig:
 
 
 @dataclasses.dataclass
+class PretrainingConfig:
+    """Continued pretraining: one model is trained on the self-edits of many passages at once. Defaults: the original's `CPT.py`."""
+
+    sizes: list[int] = dataclasses.field(default_factory=lambda: [200])  # numbers of passages, each with models of its own
+    edits: int = 5  # self-edits a passage
+    group: int = 50  # passages written about in one go
+    sft: SftConfig = dataclasses.field(
+        default_factory=lambda: SftConfig(lora=LoraConfig(), learning_rate=1e-3, epochs=3, batch_size=8, microbatch=4)
+    )
+    checkpoint_every: int | None = 100  # optimiser steps; null: never
+    save: bool = False  # the trained models, as transformers folders under models/ in the run folder
+
+
+@dataclasses.dataclass
 class GradeConfig:
     name: str = "match"  # "match" (offline), "judge" (a model of ours) or "endpoint" (an OpenAI-compatible server)
     threshold: float = 0.6  # match: the share of gold tokens that must be found
@@ -209,6 +223,7 @@ class RunConfig:
     rest_em: RestEmConfig = dataclasses.field(default_factory=RestEmConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     continual: ContinualConfig = dataclasses.field(default_factory=ContinualConfig)
+    pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
     grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -379,6 +394,13 @@ AT_LEAST = {
     "evaluate.group": 1,
     "continual.sequences": 1,
     "continual.passages": 2,
+    "pretraining.edits": 1,
+    "pretraining.group": 1,
+    "pretraining.sft.lora.rank": 1,
+    "pretraining.sft.learning_rate": 0.0,
+    "pretraining.sft.epochs": 1,
+    "pretraining.sft.batch_size": 1,
+    "pretraining.sft.microbatch": 1,
     "grade.concurrency": 1,
     "grade.retries": 0,
     "seed": 0,

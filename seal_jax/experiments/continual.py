@@ -20,7 +20,7 @@ from seal_jax.experiments import continual_table, matrix
 from seal_jax.experiments.gate import Gate
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import processes
-from seal_jax.rest_em import general, loop
+from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit
@@ -146,8 +146,8 @@ def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> 
     what, clock = f" (passage {number + 1}/{len(lanes[0].contexts)})", Clock()
     everyone = list(range(len(lanes)))
     with clock("sample"):
-        prompts = [task.edit_prompt(c) for c in here]
-        texts = [t for [t] in policy.write(prompts, [[key] for key in keys], f"writing self-edits{what}", held.placed(), everyone)]
+        written = given.write(policy, task, here, [[key] for key in keys], f"writing self-edits{what}", held.placed(), everyone)
+        texts = [text for [text] in written]
     sets, replays = [], []
     for lane, context, text in zip(lanes, here, texts, strict=True):
         data, again = policy.checked(task.training_set(context, text)), lane.replayed(config.seed)

@@ -70,6 +70,17 @@ def share(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(held)).astype(np.uint8).tobytes())
 
 
+def share_tree(tree: Any) -> Any:
+    """What the first process has as `tree` (nested dicts of numpy arrays), on every process; the others may have anything."""
+    import jax
+    import numpy as np
+
+    shapes = share(jax.tree.map(lambda x: [list(x.shape), str(x.dtype)], tree) if first() else None)
+    if first():
+        return share_arrays(tree)
+    return share_arrays(jax.tree.map(lambda x: np.zeros(*x), shapes, is_leaf=lambda x: isinstance(x, list)))
+
+
 def share_arrays(tree: Any) -> Any:
     """What the first process has as `tree` (numpy arrays, or anything of the same shapes elsewhere), on every process."""
     import jax

@@ -6,6 +6,7 @@ A task offers them by the methods of `seal_jax.tasks.base.Given`, any of which i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
@@ -21,9 +22,18 @@ def edits_of(task: Task, context: Context) -> Sequence[str] | None:
     return None if ask is None else ask(context)
 
 
-def write(policy: Policy, task: Task, contexts: Sequence[Context], keys: Sequence[Sequence[Key]], what: str) -> list[list[str]]:
+def write(
+    policy: Policy,
+    task: Task,
+    contexts: Sequence[Context],
+    keys: Sequence[Sequence[Key]],
+    what: str,
+    lora: Any = None,
+    places: Sequence[int] | None = None,
+) -> list[list[str]]:
     """Self-edits of each context, one a key: the first of those that the task has, or else what the policy writes.
 
+    `lora` and `places` as in `Policy.write`: with them, each context has an adapter of its own.
     Raises `SealError` if a context has some, but fewer than there are keys.
     """
     found: dict[int, list[str]] = {}
@@ -34,7 +44,8 @@ def write(policy: Policy, task: Task, contexts: Sequence[Context], keys: Sequenc
             found[i] = list(texts[: len(keys[i])])
     asked = [i for i in range(len(contexts)) if i not in found]
     if asked:
-        written = policy.write([task.edit_prompt(contexts[i]) for i in asked], [keys[i] for i in asked], what)
+        own = None if places is None else [places[i] for i in asked]
+        written = policy.write([task.edit_prompt(contexts[i]) for i in asked], [keys[i] for i in asked], what, lora, own)
         found.update(zip(asked, written, strict=True))
     return [found[i] for i in range(len(contexts))]
 

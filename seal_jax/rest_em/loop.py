@@ -279,14 +279,15 @@ def refuse_evaluation(store: RunStore, what: str) -> None:
         raise SealError(f"{store.folder}: holds an evaluation of {store.read(ORIGIN)['run']}; {what} that run")
 
 
-KINDS = {"continual": "continual/", "train": "rounds/", "evaluate": "evaluate/"}  # what commands leave in a run folder
+# What commands leave in a run folder; the first that is found tells. The last two belong together.
+KINDS = {"continual": "continual/", "pretrain": "pretraining/", "train": "rounds/", "evaluate": "evaluate/"}
 
 
 def claim(store: RunStore, command: str) -> None:
     """Raises `SealError` if the folder holds what another command made, which this one would mix with its own."""
-    for other, prefix in KINDS.items():
-        if other != command and {other, command} != {"train", "evaluate"} and store.names(prefix):
-            raise SealError(f"{store.folder}: holds what `seal-jax {other}` made; choose another run_dir for {command}")
+    found = next((other for other, prefix in KINDS.items() if store.names(prefix)), command)
+    if found != command and {found, command} != {"train", "evaluate"}:
+        raise SealError(f"{store.folder}: holds what `seal-jax {found}` made; choose another run_dir for {command}")
 
 
 def stage_of(

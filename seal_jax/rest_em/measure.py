@@ -69,10 +69,10 @@ def measure(
         kept = [None] * len(trials) if memory is None else _kept(task, memory, beyond)
     results = {}
     for n, ((i, m, s, _), a, (_, outputs), score) in enumerate(zip(trials, adapted, own, scores, strict=False)):
-        results[i, m, s] = _trial(s, outputs, a.losses, score)
+        results[i, m, s] = trial(s, outputs, a.losses, score)
         if memory is not None:
             results[i, m, s]["retention"] = {"accuracy": kept[n], "bits": a.bits}
-    plain = [_trial(0, tuple(o), np.zeros(0), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
+    plain = [trial(0, tuple(o), np.zeros(0), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
     records = []
     for i, context in enumerate(contexts):
         measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
@@ -81,7 +81,7 @@ def measure(
         for edit in edited if memory is not None else ():
             cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
             edit["score"] = None if edit["reward"] is None else edit["reward"] - cost
-        records.append(_record(task, context, methods, edited))
+        records.append(record(task, context, methods, edited))
     return {"contexts": records, "seconds": clock.seconds}
 
 
@@ -89,13 +89,13 @@ def from_recorded(task: Task, context: Context, found: Recorded) -> dict[str, An
     """A context's record of what was measured elsewhere, in the form of `measure`. What was trained on is not known of it."""
 
     def told(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-        return [_trial(i, t.outputs, np.zeros(0), t.score) for i, t in enumerate(trials)]
+        return [trial(i, t.outputs, np.zeros(0), t.score) for i, t in enumerate(trials)]
 
     edits = [_edit(k, text, TrainingSet(()), told(trials)) for k, (text, trials) in enumerate(found.edits)]
-    return _record(task, context, {NONE: told([found.unadapted])}, edits)
+    return record(task, context, {NONE: told([found.unadapted])}, edits)
 
 
-def _record(task: Task, context: Context, methods: dict[str, Any], edits: list[dict[str, Any]]) -> dict[str, Any]:
+def record(task: Task, context: Context, methods: dict[str, Any], edits: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": context.id,
         "title": context.title,
@@ -116,7 +116,7 @@ def _kept(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> lis
     return [retention.share([v for _ in memory.contexts for v in next(scores).verdicts]) for _ in outputs]
 
 
-def _trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -> dict[str, Any]:
+def trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -> dict[str, Any]:
     losses = [float(x) for x in losses]
     return {
         "seed": seed,

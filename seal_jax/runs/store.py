@@ -7,6 +7,7 @@
     policy/1/         the policy's adapter after round 1 (`seal_jax.runs.checkpoint`)
     memory/1/         what it was taught before round 1, if rewards count that (`seal_jax.rest_em.retention`)
     adapters/000/     what the lanes of a continual run learnt at step 0 (`seal_jax.experiments.continual`)
+    states/, models/  models in continued pretraining, and trained ones (`seal_jax.experiments.pretraining`)
 
 A run is a pure function of its configuration, and a unit is computed from that and from earlier units alone. So a run that was stopped
 at any moment, by SIGKILL too, and went on has the files of one that was never stopped.
@@ -42,7 +43,7 @@ from seal_jax.runs import files
 from seal_jax.runs.events import EventLog, WarningEvents
 
 CONFIG, VERSIONS, EVENTS, LOCK = "config.yaml", "versions.json", "events.jsonl", "lock"
-CHECKPOINTS = ("policy/", "memory/", "adapters/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
+CHECKPOINTS = ("policy/", "memory/", "adapters/", "states/", "models/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
 # Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
