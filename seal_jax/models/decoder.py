@@ -241,12 +241,14 @@ class Block(nn.Module):
     """One layer, in the form that `nn.scan` wants: carry -> carry, with the layer's number as the scanned input."""
 
     spec: DecoderSpec
+    rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, first: jax.Array | None, layer: jax.Array
     ) -> tuple[Any, None]:
         x, cache = carry
+        x = x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
         normed = RMSNorm(self.spec.norm_eps, name="input_norm")(x)
         attended, cache = Attention(self.spec, name="attn")(normed, positions, first, cache, layer)
         x = x + attended
@@ -264,11 +266,15 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states. The head is `logits`, apart, so that a loss can take it in chunks and decoding only at the last token."""
+    """Tokens to hidden states. The head is `logits`, apart, so that a loss can take it in chunks and decoding only at the last token.
+
+    `rows`: where hidden states [B, T, D] lie between layers. Left to the compiler, they may go to where the kernels are, cut along D.
+    """
 
     spec: DecoderSpec
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
     def __call__(
@@ -293,7 +299,7 @@ class Decoder(nn.Module):
             length=self.spec.num_layers,
         )
         x = Embed(self.spec, name="embed")(tokens).astype(self.dtype)
-        (x, cache), _ = layers(self.spec, name="layers")((x, cache), positions, first, jnp.arange(self.spec.num_layers))
+        (x, cache), _ = layers(self.spec, self.rows, name="layers")((x, cache), positions, first, jnp.arange(self.spec.num_layers))
         x = RMSNorm(self.spec.norm_eps, name="final_norm")(x)
         if self.is_initializing() and not self.spec.tie_embeddings:
             Linear(self.spec.vocab_size, name="lm_head")(x)

@@ -118,6 +118,11 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, ("edit", "fsdp")))
 
 
+def hidden_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of the hidden states [R, T, D] of such rows."""
+    return NamedSharding(mesh, P(("edit", "fsdp")))
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """The sharding of small arrays that every device has whole."""
     return NamedSharding(mesh, P())

@@ -90,7 +90,8 @@ class SftEngine:
     """Trains as `config` says: an adapter of the model, or all its weights. `mesh`: default one device."""
 
     def __init__(self, decoder: Decoder, config: SftConfig, mesh: Mesh | None = None):
-        self.decoder, self.config, self.mesh = decoder, config, mesh or mesh_lib.single()
+        self.config, self.mesh = config, mesh or mesh_lib.single()
+        self.decoder = decoder.clone(rows=mesh_lib.hidden_sharding(self.mesh))
         self.full = config.weights == "full"
 
     def tune(
