@@ -93,7 +93,7 @@ class AnswerConfig:
 class SftConfig:
     """Supervised fine-tuning of one model over the whole mesh, sequences packed into rows."""
 
-    weights: str = "lora"  # what trains: "lora" (an adapter, to be merged) or "full" (all weights; lora is then of no account)
+    weights: str = "lora"  # what trains: "lora" (an adapter, to be merged; always so in the M-step) or "full" (all weights, without lora)
     lora: LoraConfig = dataclasses.field(
         default_factory=lambda: LoraConfig(64, 128.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     )
