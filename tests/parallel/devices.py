@@ -58,7 +58,7 @@ def tuned(shape, host, jobs):
     sequences = [s for job in jobs for s in job.sequences][:12]
     found = {}
     for weights in ("lora", "full"):
-        engine = SftEngine(Decoder(SPEC), SftConfig(weights, LORA, 3e-3, epochs=2, batch_size=12, row_length=48), mesh)
+        engine = SftEngine(Decoder(SPEC), SftConfig(weights, LORA, 3e-3, epochs=2, batch_size=5, row_length=48), mesh)
         done = engine.tune(params, sequences, ("sft",), seed=1)
         kernel = done.weights["layers"]["mlp"]["up_proj"]["b" if weights == "lora" else "kernel"]
         part = max(s.data.size / kernel.size for s in kernel.addressable_shards)
