@@ -62,10 +62,10 @@ MORE = {"knowledge": KNOWLEDGE, "arc": ARC}  # after the keys of a task
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment at the end of each field's definition, by field name; "" where there is none."""
+    """The comment at the end of each field's definition, by field name, those of its base included; "" where there is none."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.encode().splitlines()  # ast counts columns in bytes
-    found = {}
+    found = comments(cls.__base__) if dataclasses.is_dataclass(cls.__base__) else {}
     for node in ast.parse(source).body[0].body:
         if isinstance(node, ast.AnnAssign):
             rest = lines[node.end_lineno - 1][node.end_col_offset :].decode()

@@ -92,9 +92,10 @@ class AnswerConfig:
 
 
 @dataclasses.dataclass
-class MStepConfig:
-    """Supervised fine-tuning of the policy on the kept (prompt, self-edit) pairs, completion tokens only, then a merge."""
+class SftConfig:
+    """Supervised fine-tuning of one model over the whole mesh, sequences packed into rows."""
 
+    weights: str = "lora"  # what trains: "lora" (an adapter, to be merged; always so in the M-step) or "full" (all weights, without lora)
     lora: LoraConfig = dataclasses.field(
         default_factory=lambda: LoraConfig(64, 128.0, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     )
@@ -103,9 +104,15 @@ class MStepConfig:
     warmup_steps: int = 0  # optimiser steps of linear rise before the schedule
     weight_decay: float = 0.0  # decoupled from the gradient
     max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: never
-    epochs: int = 2  # over the kept pairs
-    batch_size: int = 10  # effective: gradients are accumulated over microbatches
-    microbatch: int = 1  # pairs in memory at once
+    epochs: int = 2  # over all sequences, each in a random order of its own
+    batch_size: int = 10  # sequences an optimiser step
+    microbatch: int = 1  # rows in memory at once, of each device along mesh.edit and mesh.fsdp; gradients are accumulated over them
+    row_length: int | None = None  # token slots of a row, which several sequences may share; null: the longest sequence's
+
+
+@dataclasses.dataclass
+class MStepConfig(SftConfig):
+    """Supervised fine-tuning of the policy on the kept (prompt, self-edit) pairs, completion tokens only, then a merge; of an adapter."""
 
 
 @dataclasses.dataclass
@@ -345,6 +352,7 @@ CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
     "fit.schedule": ("constant", "linear", "cosine"),
+    "m_step.weights": ("lora",),  # a round's checkpoint is its adapter
     "m_step.schedule": ("constant", "linear", "cosine"),
     "rest_em.select": ("best", "top", "gain", "right"),
     "grade.name": ("match", "judge", "endpoint"),
@@ -432,6 +440,8 @@ def _check_values(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.lengths={config.fit.lengths}: expected ascending positive lengths")
     if config.fit.slots is not None and config.fit.slots < 1:
         raise SealError(f"{where}: fit.slots={config.fit.slots}: expected at least 1, or null for as many as fit")
+    if config.m_step.row_length is not None and config.m_step.row_length < 1:
+        raise SealError(f"{where}: m_step.row_length={config.m_step.row_length}: expected at least 1, or null for the longest sequence's")
     if config.mesh.edit != -1 and config.mesh.edit < 1:
         raise SealError(f"{where}: mesh.edit={config.mesh.edit}: expected at least 1, or -1 for all devices that are left")
     for name, method in config.continual.methods.items():

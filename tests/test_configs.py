@@ -1,5 +1,6 @@
 """The configs that come with the project: all are valid, and the one for Qwen2.5-7B is built abstractly, without a weight in memory."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -19,6 +20,8 @@ from seal_jax.models.tree import leaves, nest
 from seal_jax.parallel import mesh
 from seal_jax.rest_em.loop import grader
 from seal_jax.sample import decode
+from seal_jax.sft import pack
+from seal_jax.sft.engine import SftEngine
 from seal_jax.tasks.base import Context
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -147,12 +150,21 @@ def test_one_step_of_64_edits_of_the_7b_lowers(qwen):
 def test_an_m_step_of_the_7b_lowers(qwen):
     config, decoder, params = qwen
     m = config.m_step
-    fit = engine.FitEngine(decoder, m.lora, slots=1, tokens_per_step=1, batch_size=m.batch_size, microbatch=m.microbatch)
-    adapter = engine.adapter_shapes(decoder.spec, fit.rank, fit.targets)
-    after, report = fit.lower(params, 1024, 1, 1).out_info
-    assert report.loss.shape == (1,) and shapes(after) == shapes(jax.eval_shape(lambda: empty_state(adapter, 1)))
+    sft = SftEngine(decoder, m)
+    adapter = engine.adapter_shapes(decoder.spec, m.lora.rank, tuple(m.lora.targets))
+    after, loss = sft.lower(params, pack.Shape(10, 1, 1024)).out_info
+    assert loss.shape == () and shapes(after) == shapes(sft.abstract_state(params)), "so that it can be donated"
+    assert shapes(after.weights) == shapes(adapter) == shapes(after.moments.mu)
     merged = jax.eval_shape(lora_lib.merge, params, adapter, m.lora.alpha / m.lora.rank)
     assert shapes(merged) == shapes(params)
+
+
+def test_training_all_weights_of_the_7b_lowers(qwen):
+    config, decoder, params = qwen
+    sft = SftEngine(decoder, dataclasses.replace(config.m_step, weights="full"))
+    after, _ = sft.lower(params, pack.Shape(10, 1, 1024)).out_info
+    assert shapes(after) == shapes(sft.abstract_state(params)) and count(after.weights) == count(params)
+    assert {str(x.dtype) for x in jax.tree.leaves(after.weights)} == {"float32"}
 
 
 def test_adapted_decoding_of_the_7b_lowers(qwen):

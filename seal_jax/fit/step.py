@@ -18,6 +18,7 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder, head
 
 SCHEDULES = ("constant", "linear", "cosine")
+UNDECAYED = ("scale", "bias")  # leaves that weight decay leaves alone
 
 
 class Hyper(NamedTuple):
@@ -143,6 +144,22 @@ def gradient(decoder: Decoder, chunk: int, before: Any, lora: Any, scale: jax.Ar
     return loss / labels, jax.tree.map(lambda g: g / labels, summed)
 
 
+def descend(hyper: Hyper, weights: Any, moments: optax.ScaleByAdamState, slope: Any) -> tuple[Any, optax.ScaleByAdamState]:
+    """The float32 `weights` and `moments` after a step along `slope`: clipped by its norm, AdamW at the scheduled rate.
+
+    Decay is of matrices alone, as in transformers' Trainer: not of the scales of norms, nor of biases (which adapters do not have).
+    """
+    rate = learning_rate(hyper, moments.count)
+    clip = jnp.where(hyper.max_grad_norm > 0, hyper.max_grad_norm, jnp.inf)
+    factor = jnp.minimum(1.0, clip / (optax.global_norm(slope) + 1e-6))
+    direction, after = optax.scale_by_adam().update(jax.tree.map(lambda g: g * factor, slope), moments)
+
+    def one(path: tuple[Any, ...], p: jax.Array, d: jax.Array) -> jax.Array:
+        return p - rate * (d if path[-1].key in UNDECAYED else d + hyper.weight_decay * p)
+
+    return jax.tree_util.tree_map_with_path(one, weights, direction), after
+
+
 def update(
     decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Batch, held: Any = None, penalised: bool = False
 ) -> tuple[FitState, Report]:
@@ -155,11 +172,7 @@ def update(
     loss, slope = gradient(decoder, chunk, before, edit.lora, hyper.scale, batch)
     if penalised:
         slope = jax.tree.map(jnp.add, slope, jax.grad(penalty, argnums=1)(hyper, edit.lora, held))
-    rate = learning_rate(hyper, moments.count)
-    clip = jnp.where(hyper.max_grad_norm > 0, hyper.max_grad_norm, jnp.inf)
-    factor = jnp.minimum(1.0, clip / (optax.global_norm(slope) + 1e-6))
-    direction, after = optax.scale_by_adam().update(jax.tree.map(lambda g: g * factor, slope), moments)
-    lora = jax.tree.map(lambda p, d: p - rate * (d + hyper.weight_decay * p), edit.lora, direction)
+    lora, after = descend(hyper, edit.lora, moments, slope)
     new = FitState(lora, after, hyper, watch(hyper, edit.progress, moments.count, loss))
     new = jax.tree.map(lambda old, new: jnp.where(edit.progress.ended, old, new), edit, new)
     return new, Report(jnp.where(edit.progress.ended, -1.0, loss), new.progress.ended)

@@ -70,20 +70,22 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first: jax.Array | None = None) -> jax.Array:
     """Causal attention of `q` [B, T, H, h] at `positions` [B, T] over keys [B, G, h, S] and values [B, G, S, h] at positions 0 .. S-1.
 
     A key is seen by the queries at its own and later positions, so that what lies beyond a row's last written position is never
-    read. Softmax in float32. Returns [B, T, H, h].
+    read. With `first` [B, T], a query sees no key before that position. Softmax in float32. Returns [B, T, H, h].
     """
     rows, count, heads, width = q.shape
     if count > 2 * QUERIES and count % QUERIES == 0:
         parts = lambda x: x.reshape(rows, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
-        one = jax.checkpoint(lambda part: attend(part[0], k, v, part[1]), prevent_cse=False)
-        return jax.lax.map(one, (parts(q), parts(positions))).swapaxes(0, 1).reshape(q.shape)
+        one = jax.checkpoint(lambda part: attend(part[0], k, v, *part[1:]), prevent_cse=False)
+        return jax.lax.map(one, jax.tree.map(parts, (q, positions, first))).swapaxes(0, 1).reshape(q.shape)
     groups, length = k.shape[1], k.shape[3]
     q = q.reshape(rows, count, groups, heads // groups, width)
     visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
+    if first is not None:
+        visible &= jnp.arange(length)[None, None, :] >= first[:, :, None]
     hidden = jnp.finfo(jnp.float32).min
     if count == 1:
         # Decoding: products and sums that fuse into one pass over the cache; as many tiny matrix products it is several times slower.
@@ -193,7 +195,9 @@ class Attention(nn.Module):
     spec: DecoderSpec
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, cache: Cache | None, layer: jax.Array) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, first: jax.Array | None, cache: Cache | None, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
         s = self.spec
         rows, count, _ = x.shape
 
@@ -216,7 +220,11 @@ class Attention(nn.Module):
             )
             keys, values = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(x.dtype) for c in cache)
         with jax.named_scope("attend"):
-            out = (attend if cache is not None else jax.checkpoint(attend, prevent_cse=False))(q, keys, values, positions)
+            if cache is not None:
+                out = attend(q, keys, values, positions)
+            else:
+                places = positions if first is None else jnp.broadcast_to(jnp.arange(count), (rows, count))
+                out = jax.checkpoint(attend, prevent_cse=False)(q, keys, values, places, first)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(rows, count, s.num_heads * s.head_dim))
         return out, cache
 
@@ -236,11 +244,16 @@ class Block(nn.Module):
     """One layer, in the form that `nn.scan` wants: carry -> carry, with the layer's number as the scanned input."""
 
     spec: DecoderSpec
+    rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, layer: jax.Array) -> tuple[Any, None]:
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, first: jax.Array | None, layer: jax.Array
+    ) -> tuple[Any, None]:
         x, cache = carry
-        attended, cache = Attention(self.spec, name="attn")(RMSNorm(self.spec.norm_eps, name="input_norm")(x), positions, cache, layer)
+        x = x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
+        normed = RMSNorm(self.spec.norm_eps, name="input_norm")(x)
+        attended, cache = Attention(self.spec, name="attn")(normed, positions, first, cache, layer)
         x = x + attended
         x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x))
         return (x, cache), None
@@ -256,18 +269,27 @@ class Embed(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to hidden states. The head is `logits`, apart, so that a loss can take it in chunks and decoding only at the last token."""
+    """Tokens to hidden states. The head is `logits`, apart, so that a loss can take it in chunks and decoding only at the last token.
+
+    `rows`: where hidden states [B, T, D] lie between layers. Left to the compiler, they may go to where the kernels are, cut along D.
+    """
 
     spec: DecoderSpec
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array | None = None, cache: Cache | None = None, first: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         """Hidden states [B, T, D] after the last norm, for `tokens` [B, T] int32 at `positions` [B, T] (default 0 .. T-1).
 
         Without a cache, tokens see the earlier ones of their row. With one, keys and values are written at `positions` (those past its
         end are dropped) and tokens see all of their row's entries up to their own position; the new cache is returned.
+
+        Rows of several sequences (without a cache): `first` [B, T] int32 is the index in the row of the first token of each token's own
+        sequence, which is all that the token sees; `positions` then count from each sequence's beginning.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -276,11 +298,11 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0, "lora": 0, "held": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=self.spec.num_layers,
         )
         x = Embed(self.spec, name="embed")(tokens).astype(self.dtype)
-        (x, cache), _ = layers(self.spec, name="layers")((x, cache), positions, jnp.arange(self.spec.num_layers))
+        (x, cache), _ = layers(self.spec, self.rows, name="layers")((x, cache), positions, first, jnp.arange(self.spec.num_layers))
         x = RMSNorm(self.spec.norm_eps, name="final_norm")(x)
         if self.is_initializing() and not self.spec.tie_embeddings:
             Linear(self.spec.vocab_size, name="lm_head")(x)

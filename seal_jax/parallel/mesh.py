@@ -4,8 +4,9 @@ Three axes. `edit`: edits (slots, adapters, rows of answers) are dealt out over 
 while an edit is fitted. `fsdp` and `tensor` share what is too large for one device: every kernel is cut along both (the embeddings along
 one, over the vocabulary), and the compiler puts in the communication. Rows of a step are dealt out over `fsdp` as well.
 
-The engines run their programs under `jax.shard_map` over `edit` alone: inside, a device sees the edits of its own shard, and indices count
-within it. The other two axes stay the compiler's.
+The engines of many edits run their programs under `jax.shard_map` over `edit` alone: inside, a device sees the edits of its own shard, and
+indices count within it. The other two axes stay the compiler's. Where one model is trained (`seal_jax.sft`) there are no edits: its rows
+are dealt out over `edit` and `fsdp` together, and all axes are the compiler's.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]
     return lambda path, shape: NamedSharding(mesh, parameter_spec(path, shape, mesh))
 
 
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The shardings of a tree of parameters, or of one adapter that every shard of edits has: of arrays, or of their shapes."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh)(tuple(k.key for k in path), x.shape), tree)
+
+
 def adapter_shardings(mesh: Mesh, shapes: Any) -> Any:
     """The shardings of stacked adapters, for `shapes` of one adapter (without the leading axis of edits)."""
 
@@ -100,6 +106,21 @@ def edit_sharding(mesh: Mesh) -> NamedSharding:
 def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
     """The sharding of stacked caches [E, N, B, G, ...] with `kv_heads` G."""
     return NamedSharding(mesh, P("edit", None, None, None if kv_heads % mesh.shape["tensor"] else "tensor"))
+
+
+def data_shards(mesh: Mesh) -> int:
+    """How many shards the rows of one model's training step are dealt out to."""
+    return mesh.shape["edit"] * mesh.shape["fsdp"]
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of one model's training rows [A, R, ...]: A microbatches after one another, of R rows dealt out over the data shards."""
+    return NamedSharding(mesh, P(None, ("edit", "fsdp")))
+
+
+def hidden_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of the hidden states [R, T, D] of such rows."""
+    return NamedSharding(mesh, P(("edit", "fsdp")))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

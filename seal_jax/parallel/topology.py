@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.fit import memory, plan
-from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine
+from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine, Tokens
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
@@ -30,6 +30,8 @@ from seal_jax.parallel import cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode
 from seal_jax.sample.engine import ROOM
+from seal_jax.sft import pack
+from seal_jax.sft.engine import SftEngine
 
 GIB = float(2**30)
 
@@ -99,6 +101,7 @@ class Case:
     least: float  # bytes that a call cannot but move
     calls: float  # an edit, with all shards at work; 0: not part of an edit
     trips: int = 1  # of its loops of unknown length
+    devices: int | None = None  # that share what the traced program shows; None: those of one shard of edits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,20 +254,23 @@ class Programs:
 
     def m_step(self) -> Case:
         m, r = self.config.m_step, self.config.rest_em
-        batch = min(m.batch_size, r.contexts)
-        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch, microbatch=m.microbatch, mesh=self.mesh)
-        length = plan.padded_length(min(self.workload.pair, self.config.model.max_length))
-        adapter, parts = memory.adapter_bytes(engine), -(-batch // engine.microbatch)
+        engine = SftEngine(self.decoder, m, self.mesh)
+        pair = Tokens((0,) * (min(self.workload.pair, self.config.model.max_length) + 1))
+        pairs = [pair] * min(m.batch_size, r.contexts)
+        groups = mesh_lib.data_shards(self.mesh)
+        shape = pack.shape(pairs, [range(len(pairs))], pack.row_length([pair], m.row_length), m.microbatch, groups)
+        adapter = cost.shard_bytes(engine.abstract_state(self.params).weights)
         return Case(
             "M-step",
-            f"{batch} pairs of {length} tokens, {engine.microbatch} at a time",
-            lambda: engine.trace(self.params, length, 1, 1),
-            {"weights": self.weights, "adapters": 4 * adapter},
+            f"{len(pairs)} pairs in {shape.microbatches} x {shape.rows} rows of {shape.length} tokens",
+            lambda: engine.trace(self.params, shape),
+            {"weights": self.weights, "adapters": 3 * adapter},
             self.weights + 3 * adapter,
             0,
-            parts * self.passes * self.weights + 6 * adapter,
+            shape.microbatches * self.passes * self.weights + 6 * adapter,
             0,
-            -(-engine.microbatch * length // LOSS_POSITIONS),
+            -(-shape.rows // groups * shape.length // LOSS_POSITIONS),
+            self.mesh.size,
         )
 
 
@@ -280,7 +286,7 @@ def build(case: Case, mesh: Mesh) -> Program:
         return Program(case, {**case.kinds, "temporaries": max(0.0, used - case.arguments)}, None)
     found = memory.of_program(compiled)
     rest = 0.0 if found is None else max(0.0, found.total - case.arguments - case.made)
-    work = cost.of_program(traced, compiled, case.trips, mesh.size // mesh_lib.shards(mesh))
+    work = cost.of_program(traced, compiled, case.trips, case.devices or mesh.size // mesh_lib.shards(mesh))
     return Program(case, {**case.kinds, "temporaries": rest}, work)
 
 

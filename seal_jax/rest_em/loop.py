@@ -15,8 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-
 from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.config import RunConfig
@@ -225,13 +223,12 @@ def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[st
         contexts, start = {c.id: c for c in stage.contexts["train"]}, time.monotonic()
         texts = {(r["id"], e["candidate"]): e["text"] for r in records for e in r["edits"]}
         pairs = [(task.edit_prompt(contexts[k["context"]]), texts[k["context"], k["candidate"]].strip()) for k in kept]
-        fitted = policy.tune(pairs, ("round", number, "m_step"))
-        lora = jax.tree.map(lambda x: x[fitted.places[0]], mesh_lib.fetch(fitted.lora))
-        losses = [float(x) for x in fitted.losses[0]]  # waits for the device
+        tuned = policy.tune(pairs, ("round", number, "m_step"))
+        losses = tuned.losses.tolist()
         seconds = round(time.monotonic() - start, 3)
         m = policy.config.m_step.lora
         if processes.first():
-            checkpoint.save_adapters(folder, lora, {"round": number, "rank": m.rank, "alpha": m.alpha})
+            checkpoint.save_adapters(folder, tuned.weights, {"round": number, "rank": m.rank, "alpha": m.alpha})
         store.once(f"rounds/{number}/m_step", lambda: {"pairs": len(pairs), "steps": len(losses), "losses": losses, "seconds": seconds})
     # Read back also where it was just made, so that going on equals not stopping.
     restore(policy, store, number)

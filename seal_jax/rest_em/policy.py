@@ -6,7 +6,7 @@ A `Policy` is the model with its weights as they are after some number of rounds
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax import rng
-from seal_jax.config import FitConfig, RunConfig
+from seal_jax.config import FitConfig, RunConfig, SftConfig
+from seal_jax.errors import SealError
 from seal_jax.fit import likelihood, memory
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, adapter_shapes, collection, total_steps
 from seal_jax.fit.plan import padded_length
@@ -28,9 +29,22 @@ from seal_jax.parallel.cost import shard_bytes
 from seal_jax.progress import bar
 from seal_jax.sample import engine as sample
 from seal_jax.sample.constraint import for_schema
+from seal_jax.sft.engine import Saved, SftEngine, Tuned
 from seal_jax.tasks.base import Prompt, TrainingSet, TrainSequence
 
 Key = tuple[str | int, ...]
+
+
+def _merge(params: Any, lora: Any, scale: float) -> Any:
+    """`params` (consumed) with the adapter added, where they lie."""
+    where = jax.tree.map(lambda x: x.sharding, params)
+    return jax.jit(lora_lib.merge, donate_argnums=(0,), out_shardings=where)(params, lora, scale)
+
+
+def _rounded(params: Any, weights: Any) -> Any:
+    """`weights` in the dtypes of `params`, where those lie."""
+    where, dtypes = (jax.tree.map(lambda x, name=name: getattr(x, name), params) for name in ("sharding", "dtype"))
+    return jax.jit(lambda new: jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes), out_shardings=where)(weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,17 +223,49 @@ class Policy:
 
     # --- the M-step -------------------------------------------------------------------------------------------------
 
-    def tune(self, pairs: Sequence[tuple[Prompt, str]], key: Key) -> Fitted:
-        """Supervised fine-tuning on (prompt, self-edit) pairs, loss on the completion and its end token, as `config.m_step` says."""
-        m = self.config.m_step
-        batch_size = min(m.batch_size, len(pairs))  # no microbatches of nothing but padding
+    def tune(self, pairs: Sequence[tuple[Prompt, str]], key: Key) -> Tuned:
+        """Supervised fine-tuning on (prompt, self-edit) pairs, loss on the completion and its end token, as `config.m_step` says.
+
+        The result's `weights` are the adapter in host arrays; the policy stays as it is.
+        """
         sequences = []
         for prompt, text in pairs:
             before, after = self.tokenizer.encode_completion(prompt, text)
             sequences.append(Tokens(tuple((before + after)[: self.max_length]), len(before)))
-        fit = FitConfig(m.lora, m.learning_rate, m.schedule, m.warmup_steps, m.weight_decay, m.max_grad_norm, m.epochs, batch_size)
-        engine = FitEngine(self.decoder, m.lora, slots=1, tokens_per_step=1, batch_size=batch_size, microbatch=m.microbatch, mesh=self.mesh)
-        return self._fit(engine, [FitJob(key, tuple(sequences), fit)], "M-step")
+        tuned = self._sft(self.config.m_step, sequences, key, "M-step")
+        return dataclasses.replace(tuned, weights=mesh_lib.fetch(tuned.weights))
+
+    def pretrain(
+        self,
+        sequences: Sequence[TrainSequence],
+        key: Key,
+        config: SftConfig,
+        what: str = "continued pretraining",
+        *,
+        resume: Saved | None = None,
+        save: Callable[[Saved], None] | None = None,
+        checkpoint_every: int | None = None,
+    ) -> np.ndarray:
+        """Trains the policy itself on `sequences` and returns the loss of every optimiser step, in nats per token.
+
+        With `config.weights` "full" all weights are replaced, else an adapter is trained and merged. `resume`, `save` and
+        `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves anything to predict.
+        """
+        tokens = self.tokenise(TrainingSet(tuple(sequences)))
+        if not tokens:
+            raise SealError(f"{what}: none of the {len(sequences)} sequences has a token to predict within {self.max_length} tokens")
+        tuned = self._sft(config, tokens, key, what, resume=resume, save=save, checkpoint_every=checkpoint_every)
+        if config.weights == "full":
+            self.params = _rounded(self.params, tuned.weights)
+        else:
+            self.params = _merge(self.params, tuned.weights, config.lora.alpha / config.lora.rank)
+        return tuned.losses
+
+    def _sft(self, config: SftConfig, sequences: Sequence[Tokens], key: Key, what: str, **options: Any) -> Tuned:
+        total = config.epochs * sum(len(s.ids) - 1 for s in sequences)
+        with bar(what, total, "tok") as progress:
+            engine = SftEngine(self.decoder, config, self.mesh)
+            return engine.tune(self.params, sequences, key, seed=self.config.seed, progress=progress.update, **options)
 
     def merge(self, lora: Any, scale: float) -> None:
         """Merges an adapter (host arrays without a leading axis of edits) into the weights; `scale` is its alpha / rank.
@@ -230,5 +276,4 @@ class Policy:
         if not processes.first():
             lora = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter_shapes(self.decoder.spec, m.rank, tuple(m.targets)))
         lora = mesh_lib.put(processes.share_arrays(lora), mesh_lib.everywhere(self.mesh))
-        where = jax.tree.map(lambda x: x.sharding, self.params)
-        self.params = jax.jit(lora_lib.merge, donate_argnums=(0,), out_shardings=where)(self.params, lora, scale)
+        self.params = _merge(self.params, lora, scale)

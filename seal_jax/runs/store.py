@@ -51,7 +51,8 @@ _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed whi
 FREE_KEYS = (
     *("name", "run_dir"),
     *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
-    *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows", "m_step.microbatch"),
+    *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
+    *("m_step.microbatch", "m_step.row_length"),
 )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seal_jax.fit.loss import cross_entropy
+from seal_jax.fit.loss import cross_entropy, grouped_cross_entropy
 
 T, D, V = 23, 8, 41
 
@@ -101,3 +101,41 @@ def test_the_whole_logits_are_never_in_memory():
     program = jax.make_jaxpr(jax.grad(lambda *a: cross_entropy(*a, 10)))(*args)
     largest = max(sizes(program.jaxpr))
     assert 10 * 500 <= largest < 2 * 10 * 500
+
+
+# --- Groups, and a head that trains ----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def grouped(hidden, head, targets, weights, chunk, train_head):
+    """3 x the loss and its slopes with respect to hidden states and head."""
+    loss = lambda h, e: 3.0 * grouped_cross_entropy(h, e, targets, weights, chunk, train_head)  # noqa: E731
+    return jax.value_and_grad(loss, argnums=(0, 1) if train_head else (0,))(hidden, head)
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("chunk", [1, 5, T, 100])
+def test_groups_of_positions_and_the_slope_of_the_head(chunk, train_head):
+    """Three groups, of which one has no labels at all, under one head: the sum over all, and automatic differentiation's slopes."""
+    parts = [data(seed, scale) for seed, scale in ((0, 1.0), (1, 1.0), (2, 50.0))]
+    head = parts[0][1]
+    hidden, targets, weights = (np.stack([p[i] for p in parts]) for i in (0, 2, 3))
+    weights[1], weights[0, 3] = 0.0, 0.25
+    value, slopes = grouped(hidden, head, targets, weights, chunk, train_head)
+    found = [plain(h, head, t, w) for h, t, w in zip(hidden, targets, weights, strict=True)]
+    np.testing.assert_allclose(value, sum(v for v, _ in found), rtol=1e-5)
+    np.testing.assert_allclose(slopes[0], np.stack([s for _, s in found]), atol=1e-4)
+    assert not np.asarray(slopes[0])[weights == 0].any()
+    if train_head:
+        auto = lambda e: -3 * jnp.sum(jax.nn.log_softmax(hidden @ e.T)[*np.indices(targets.shape), targets] * weights)  # noqa: E731
+        np.testing.assert_allclose(slopes[1], jax.grad(auto)(head), rtol=1e-4, atol=1e-3)
+
+
+def test_the_slope_of_a_bfloat16_head_is_added_up_in_float32():
+    """Rounded once at the end, over chunks of one position each; added up in bfloat16 it would be off by several roundings."""
+    hidden, head, targets, weights = data()
+    low, low_head = jnp.asarray(hidden[None], jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
+    _, (_, slope) = grouped(low, low_head, targets[None], weights[None], 1, True)
+    _, (_, exact) = grouped(low.astype(jnp.float32), low_head.astype(jnp.float32), targets[None], weights[None], T, True)
+    assert slope.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(slope, np.float32), exact, atol=0.006 * np.abs(exact).max())

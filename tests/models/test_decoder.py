@@ -143,16 +143,37 @@ def test_rotary_frequencies_equal_transformers(rope):
     np.testing.assert_allclose(rope_frequencies(from_hf(config.to_dict())), theirs, rtol=1e-6)
 
 
-def test_long_rows_attend_in_parts_and_never_make_the_square(monkeypatch):
+def test_packed_sequences_do_not_see_each_other(tiny):
+    """Three sequences in one row, then padding that sees itself: the logits of each are transformers' of it alone."""
+    model = tiny("llama3")
+    rows = sequences(model.spec, extra=0)
+    starts = np.cumsum([0, *map(len, rows)])
+    tokens, positions, first = (
+        padded([np.concatenate(rows)], WIDTH + 8),
+        np.zeros((1, WIDTH + 8), np.int32),
+        np.arange(WIDTH + 8)[None].copy(),
+    )
+    for a, ids in zip(starts, rows, strict=False):
+        positions[0, a : a + len(ids)], first[0, a : a + len(ids)] = np.arange(len(ids)), a
+    hidden, _ = jax.jit(Decoder(model.spec).apply)({"params": model.params}, tokens, positions, None, first)
+    out = np.asarray(logits(model.params, hidden))[0]
+    for a, ids in zip(starts, rows, strict=False):
+        assert np.abs(out[a : a + len(ids)] - expected(model.reference, ids)).max() <= 1e-4
+    assert np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_rows_attend_in_parts_and_never_make_the_square(monkeypatch, packed):
     rows, count, heads, groups, width = 2, 64, 4, 2, 8
     shapes = (rows, count, heads, width), (rows, groups, width, count), (rows, groups, count, width)
     q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
     positions = jnp.broadcast_to(jnp.arange(count), (rows, count))
+    first = positions // 24 * 24 if packed else None
 
     def made(queries):
         """The value, the slopes, and the elements of the largest array that the program makes."""
         monkeypatch.setattr(decoder, "QUERIES", queries)
-        run = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(decoder.attend(q, k, v, positions))), argnums=(0, 1, 2)))
+        run = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(jnp.sin(decoder.attend(q, k, v, positions, first))), argnums=(0, 1, 2)))
         shapes = re.findall(r"f32\[([\d,]+)\]", run.lower(q, k, v).compile().as_text())
         return *run(q, k, v), max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
 

@@ -1,13 +1,14 @@
 """Run by test_mesh.py on eight fake devices: fits and answers on meshes of several shapes, and says how far they are from one device."""
 
 import json
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seal_jax.config import FitConfig, LoraConfig, MeshConfig, StopConfig
+from seal_jax.config import FitConfig, LoraConfig, MeshConfig, SftConfig, StopConfig
 from seal_jax.fit import engine as engine_lib
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens
 from seal_jax.models import lora as lora_lib
@@ -15,6 +16,8 @@ from seal_jax.models.decoder import Decoder
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample.engine import Request, generate
+from seal_jax.sft import pack
+from seal_jax.sft.engine import SftEngine
 
 SPEC = DecoderSpec(
     model_type="qwen2", vocab_size=512, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -45,6 +48,42 @@ def run(shape, host, jobs, prompts):
         "part": max(s.data.size / x.size for x in jax.tree.leaves(params["layers"]["mlp"]) for s in x.addressable_shards),
         "steps": fitted.waste.steps,
     }
+
+
+def tuned(shape, host, jobs):
+    """One model trained on all sequences of the jobs, an adapter and all weights: (losses, leaves, largest part of a kernel on a device),
+    and the text of the program that trains all weights."""
+    mesh = mesh_lib.make(MeshConfig(*shape))
+    params = jax.tree.map(jax.device_put, host, mesh_lib.parameter_shardings(mesh, host))
+    sequences = [s for job in jobs for s in job.sequences][:12]
+    found = {}
+    for weights in ("lora", "full"):
+        engine = SftEngine(Decoder(SPEC), SftConfig(weights, LORA, 3e-3, epochs=2, batch_size=5, row_length=48), mesh)
+        done = engine.tune(params, sequences, ("sft",), seed=1)
+        kernel = done.weights["layers"]["mlp"]["up_proj"]["b" if weights == "lora" else "kernel"]
+        part = max(s.data.size / kernel.size for s in kernel.addressable_shards)
+        found[weights] = done.losses, [np.asarray(x) for x in jax.tree.leaves(done.weights)], part
+    rows = mesh_lib.data_shards(mesh)
+    found["text"] = engine.lower(params, pack.Shape(1, rows, 48)).compile().as_text() if rows > 1 else ""
+    return found
+
+
+def compared(one, many):
+    """How far training one model on many devices is from one device, and what its program does."""
+    report = {}
+    for weights in ("lora", "full"):
+        losses, leaves, _ = one[weights]
+        gaps = [np.abs(a - b) / np.abs(a).max() for a, b in zip(leaves, many[weights][1], strict=True)]
+        report[weights] = {
+            "losses": float(np.abs(losses / many[weights][0] - 1).max()),
+            "weights": max(float(np.quantile(gap, 0.9)) for gap in gaps),
+            "weights_most": max(float(gap.max()) for gap in gaps),
+            "part": many[weights][2],
+        }
+    text = many["text"]
+    report["moved"] = sum(text.count(f" {name}(") for name in ("all-to-all", "collective-permute"))
+    report["logits"] = sorted(set(re.findall(r"f32\[(\d+),256\]", text)))  # 256: half of the vocabulary, which `tensor` shares
+    return report
 
 
 def collectives():
@@ -84,6 +123,7 @@ def main():
             "same_samples": one["samples"] == many["samples"],
             **{key: many[key] for key in ("devices", "part", "steps")},
         }
+    report["sft"] = compared(tuned((1, 1, 1), host, jobs), tuned((2, 2, 2), host, jobs))
     print(json.dumps(report))
 
 

@@ -56,6 +56,20 @@ def test_edits_do_not_communicate(devices):
     assert len(crossing) == 2 and all("[8]" in shape for shape in crossing), crossing
 
 
+@pytest.mark.parametrize(("weights", "part"), [("lora", 1 / 2), ("full", 1 / 4)])
+def test_one_model_is_trained_by_all_devices(devices, weights, part):
+    """Over 2 x 2 x 2 devices: what one device gives, with what trains cut as the model is."""
+    found = devices["sft"][weights]
+    assert found["losses"] <= 1e-5 and found["weights"] <= 1e-4 and found["weights_most"] <= 5e-3
+    assert found["part"] == part
+
+
+def test_each_device_computes_its_own_rows(devices):
+    """A row of 48 tokens on each of the four data shards: nobody computes the logits of others' rows, nor are hidden states dealt anew."""
+    assert "48" in devices["sft"]["logits"] and not {"96", "192"} & set(devices["sft"]["logits"])
+    assert devices["sft"]["moved"] == 0
+
+
 def test_what_cannot_be_laid_out():
     for config, text in (
         (MeshConfig(edit=2), "edit=2 x fsdp=1 x tensor=1 needs 2 devices, there are 1"),

@@ -12,6 +12,7 @@ from seal_jax.fit import memory
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens
 from seal_jax.models.load import load_model
 from seal_jax.rest_em.policy import Edit, Policy
+from seal_jax.sft.engine import SftEngine, Tuned
 from seal_jax.tasks.base import Prompt, TrainingSet, TrainSequence
 
 
@@ -175,10 +176,10 @@ def pairs_of(n):
 def test_the_m_step_learns_what_it_is_shown(model):
     policy = make_policy(model)
     before = jax.tree.map(np.asarray, policy.params)
-    fitted = policy.tune(pairs_of(2), ("round", 1, "m_step"))
-    (losses,) = fitted.losses
+    tuned = policy.tune(pairs_of(2), ("round", 1, "m_step"))
+    lora, losses = tuned.weights, tuned.losses
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(lora))
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
-    lora = jax.tree.map(lambda x: x[0], fitted.lora)
     policy.merge(lora, 2.0)
     # Merged are exactly the targeted kernels, by scale * a @ b.
     kernel, change = before["layers"]["mlp"]["up_proj"]["kernel"], lora["layers"]["mlp"]["up_proj"]
@@ -190,29 +191,23 @@ def test_the_m_step_learns_what_it_is_shown(model):
 
 def test_the_loss_of_the_m_step_is_on_the_completion_and_its_end(model, monkeypatch):
     policy, seen = make_policy(model), []
-    monkeypatch.setattr(policy, "_fit", lambda engine, jobs, what: seen.append((engine, jobs[0])))
+    monkeypatch.setattr(
+        SftEngine, "tune", lambda engine, params, sequences, *rest, **options: seen.append(sequences) or Tuned({}, None, None)
+    )
     policy.tune([(Prompt(text="Tell of Orsk."), "Orsk sells salt."), (Prompt(text="x" * 200), "y" * 200)], ("m",))
-    (_, job) = seen[0]
+    (sequences,) = seen
     prompt = policy.tokenizer.encode("Tell of Orsk.")
-    assert job.sequences[0].ids == (*prompt, *policy.tokenizer.encode("Orsk sells salt.", False), policy.tokenizer.eos_ids[0])
-    assert job.sequences[0].loss_from == len(prompt)
-    assert len(job.sequences[1].ids) == 64, "cut at the model's length"
-
-
-@pytest.mark.parametrize(("pairs", "batch_size", "used"), [(2, 10, 2), (3, 10, 3), (3, 2, 2)])
-def test_fewer_pairs_than_the_batch_cost_no_empty_microbatches(model, monkeypatch, pairs, batch_size, used):
-    policy, seen = make_policy(model, m_step={"batch_size": batch_size}), []
-    monkeypatch.setattr(policy, "_fit", lambda engine, jobs, what: seen.append((engine.batch_size, jobs[0].config.batch_size)))
-    policy.tune(pairs_of(pairs), ("m",))
-    assert seen == [(used, used)]
+    assert sequences[0].ids == (*prompt, *policy.tokenizer.encode("Orsk sells salt.", False), policy.tokenizer.eos_ids[0])
+    assert sequences[0].loss_from == len(prompt)
+    assert len(sequences[1].ids) == 64, "cut at the model's length"
 
 
 def test_a_last_batch_that_is_not_full_is_the_mean_over_its_own_tokens(model):
     policy = make_policy(model, m_step={"lora": {"rank": 4, "alpha": 8.0}, "batch_size": 2, "learning_rate": 0.0, "epochs": 1})
-    (losses,) = policy.tune(pairs_of(3), ("round", 1, "m_step")).losses
+    losses = policy.tune(pairs_of(3), ("round", 1, "m_step")).losses
     alone = []
     for pair in pairs_of(3):
-        (loss,) = policy.tune([pair], ("round", 1, "m_step")).losses[0]
+        (loss,) = policy.tune([pair], ("round", 1, "m_step")).losses
         alone.append((float(loss), len(policy.tokenizer.encode_completion(*pair)[1])))
     assert [n for _, n in alone] == [2, 4, 6], "or weighting by tokens would not show"
     # At rate 0 every step sees the base policy: one step holds two of the three, weighted by their tokens, the last the third alone.
@@ -235,3 +230,27 @@ def test_a_partial_batch_is_a_step_on_its_own_mean(policy):
     for x, y in zip(jax.tree.leaves(fitted[0].lora), jax.tree.leaves(fitted[1].lora), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
         assert np.abs(x).max() > 1e-3
+
+
+@pytest.mark.parametrize("weights", ["lora", "full"])
+def test_continued_pretraining_changes_the_policy_and_goes_on_from_a_state(model, weights):
+    """Half of the steps, and from the saved state the rest: the policy of an unbroken run, which has learnt its sequences."""
+    sequences = [TrainSequence(f"{town} sells {good}.") for town, good in (("Orsk", "tin"), ("Vell", "wool"), ("Mard", "salt"))]
+    lora = config_lib.LoraConfig(4, 8.0, list(config_lib.LINEAR))
+    sft = config_lib.SftConfig(weights, lora, 0.01, epochs=4, batch_size=2, row_length=64)
+    policies, saved = [make_policy(model) for _ in range(2)], []
+    before = jax.tree.map(np.asarray, policies[0].params)
+    losses = policies[0].pretrain(sequences, ("cpt",), sft, save=saved.append, checkpoint_every=4)
+    assert len(losses) == 8 and losses[-2:].mean() < losses[:2].mean() and len(saved) == 1
+    again = policies[1].pretrain(sequences, ("cpt",), sft, resume=saved[0])
+    np.testing.assert_array_equal(again, losses)
+    jax.tree.map(np.testing.assert_array_equal, policies[1].params, policies[0].params)
+    after = jax.tree.map(np.asarray, policies[0].params)
+    assert np.abs(after["layers"]["mlp"]["up_proj"]["kernel"] - before["layers"]["mlp"]["up_proj"]["kernel"]).max() > 1e-3
+    assert np.array_equal(after["embed"]["embedding"], before["embed"]["embedding"]) == (weights == "lora")
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+
+
+def test_sequences_with_nothing_to_learn_are_refused(policy):
+    with pytest.raises(SealError, match="pretraining: none of the 2 sequences has a token to predict within 64 tokens"):
+        policy.pretrain([TrainSequence("")] * 2, ("cpt",), config_lib.SftConfig())
