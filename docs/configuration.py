@@ -87,6 +87,8 @@ def rows(instance: Any, prefix: str = "") -> list[tuple[str, str, str]]:
         value, key = getattr(instance, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             found += rows(value, f"{key}.")
+        elif isinstance(value, dict):  # sections of one kind, by name
+            found += [row for name, section in value.items() for row in rows(section, f"{key}.{name}.")]
         else:
             found.append((key, default(value), said[field.name]))
     return found

@@ -153,8 +153,8 @@ class EvaluateConfig:
 class GateConfig:
     """Whether an edit is kept, looked at before it is: what it does to items held back (as STABLE does, arXiv 2510.16089)."""
 
-    measure: str = "none"  # "none"; "answers" (fall of the share of earlier passages' questions answered right), or of the held texts
-    # "bits" (rise of bits per token) or "kl" (bits per token by which predictions have moved)
+    # What an edit costs: "none" (all are kept), or by how much these get worse:
+    measure: str = "none"  # "answers" (share of earlier questions right), "bits" (per token of held texts), "kl" (predictions there, bits)
     budget: float = 0.1  # the most that an edit may cost, in units of the measure
     scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 0.5, 0.25])  # tried in order; the first within budget is kept
 
@@ -171,11 +171,14 @@ class MethodConfig:
 
 @dataclasses.dataclass
 class ContinualConfig:
-    """Continual self-edits: passage after passage is adapted into the weights, and all passages so far are asked again after each."""
+    """Continual self-edits: passage after passage is adapted into the weights, and all passages so far are asked again after each.
+
+    `continual.methods` holds methods against forgetting, each by a name of its own, beside plain `sequential` editing: all learn the same
+    sequences.
+    """
 
     sequences: int = 8  # of passages, all learnt at once
     passages: int = 8  # of each sequence
-    # Each by a name of its own, beside plain "sequential" editing.
     methods: dict[str, MethodConfig] = dataclasses.field(default_factory=lambda: {"sequential": MethodConfig()})
     texts: str = "general"  # held texts about no passage: "general" (ours), or a file of texts
     beside: list[str] = dataclasses.field(default_factory=list)  # published matrices of the original's, as lines beside ours
@@ -353,6 +356,8 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "fit.schedule": ("constant", "linear", "cosine"),
     "m_step.weights": ("lora",),  # a round's checkpoint is its adapter
+    "pretraining.sft.weights": ("lora", "full"),
+    "pretraining.sft.schedule": ("constant", "linear", "cosine"),
     "m_step.schedule": ("constant", "linear", "cosine"),
     "rest_em.select": ("best", "top", "gain", "right"),
     "grade.name": ("match", "judge", "endpoint"),
@@ -440,13 +445,16 @@ def _check_values(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.lengths={config.fit.lengths}: expected ascending positive lengths")
     if config.fit.slots is not None and config.fit.slots < 1:
         raise SealError(f"{where}: fit.slots={config.fit.slots}: expected at least 1, or null for as many as fit")
-    if config.m_step.row_length is not None and config.m_step.row_length < 1:
-        raise SealError(f"{where}: m_step.row_length={config.m_step.row_length}: expected at least 1, or null for the longest sequence's")
+    for key in ("m_step.row_length", "pretraining.sft.row_length", "pretraining.checkpoint_every"):
+        if (value := _value(config, key)) is not None and value < 1:
+            raise SealError(f"{where}: {key}={value}: expected at least 1, or null")
+    if not config.pretraining.sizes or min(config.pretraining.sizes) < 1:
+        raise SealError(f"{where}: pretraining.sizes={config.pretraining.sizes}: expected numbers of passages, at least 1 each")
     if config.mesh.edit != -1 and config.mesh.edit < 1:
         raise SealError(f"{where}: mesh.edit={config.mesh.edit}: expected at least 1, or -1 for all devices that are left")
     for name, method in config.continual.methods.items():
         _check_method(method, f"{where}: continual.methods.{name}")
-    for key in ("fit.lora.targets", "m_step.lora.targets"):
+    for key in ("fit.lora.targets", "m_step.lora.targets", "pretraining.sft.lora.targets"):
         targets = _value(config, key)
         unknown = [t for t in targets if t not in LINEAR]
         if unknown or not targets:

@@ -20,7 +20,7 @@ def test_the_readme_has_what_the_others_look_at():
     assert {"bash", "python"} <= {kind for kind, _ in BLOCKS}
     assert {"make run", "make test"} <= set(COMMANDS)
     assert {shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("seal-jax")} == {
-        *("train", "evaluate", "generate", "grade", "export", "report", "plan")
+        *("train", "evaluate", "pretrain", "continual", "generate", "grade", "export", "report", "plan")
     }
 
 
@@ -49,7 +49,7 @@ def test_inline_commands_are_those_of_the_command_line():
     inline = re.findall(r"`(seal-jax [^`]+)`", README)
     assert inline
     for line in inline:
-        assert shlex.split(line)[1] in ("train", "evaluate", "generate", "grade", "export", "report", "plan")
+        assert shlex.split(line)[1] in ("train", "evaluate", "pretrain", "continual", "generate", "grade", "export", "report", "plan")
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])

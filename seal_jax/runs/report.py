@@ -198,7 +198,7 @@ def _status(folder: pathlib.Path, events: Sequence[Mapping[str, Any]], has_table
         return "finished", "finished"
     if store.in_use(folder):
         return "running", "running"
-    return "stopped", "not finished; continue it with `seal-jax train` and this folder"
+    return "stopped", "not finished; continue it with the command that made it and this folder"
 
 
 def _worked(events: Sequence[Mapping[str, Any]]) -> float | None:
