@@ -324,7 +324,7 @@ def test_unusable_items_are_skipped_counted_and_shown(seal, caplog, tiny_config,
 
 
 def test_self_edits_without_a_usable_line_earn_nothing_and_are_counted(seal, tiny_config, tmp_path, monkeypatch, units):
-    monkeypatch.setattr(Policy, "write", lambda self, prompts, keys, what="": [[" \n", "Rewrite:"][: len(each)] for each in keys])
+    monkeypatch.setattr(Policy, "write", lambda self, prompts, keys, *_: [[" \n", "Rewrite:"][: len(each)] for each in keys])
     code, out, _ = seal("evaluate", tiny_config, "evaluate.contexts=1")
     assert code == 0
     (context,) = units(tmp_path / "run")["evaluate/before/000"]["contexts"]

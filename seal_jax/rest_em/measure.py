@@ -53,12 +53,9 @@ def measure(
         trials += [(i, method, seed, data) for method, data in sets[-1].items() if data.problem is None for seed in range(seeds)]
     probes = [tuple(task.probes(c)) for c in contexts]
     again = () if memory is None else tuple(p for c in memory.contexts for p in task.probes(c))  # asked after every edit
-    shards = mesh_lib.shards(policy.mesh)
+    shards = 1 if held is None else mesh_lib.shards(policy.mesh)  # each has the held adapter
     with clock("adapt"):
-        asked = [
-            Edit((*key, contexts[i].id, m, s), data, probes[i] + again, held=0 if held is None else n % shards)
-            for n, (i, m, s, data) in enumerate(trials)
-        ]
+        asked = [Edit((*key, contexts[i].id, m, s), data, probes[i] + again, held=n % shards) for n, (i, m, s, data) in enumerate(trials)]
         adapted = policy.adapt(asked, what, held, None if memory is None else memory.texts)
     with clock("bare"):
         bare = policy.answer(probes, held, None if held is None else [0] * len(probes), f"answering without adaptation{what}")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from seal_jax.errors import SealError
+from seal_jax.rest_em import policy
 from seal_jax.rest_em.measure import from_recorded, measure
 from seal_jax.rest_em.policy import Adapted
 from seal_jax.tasks.base import Context, Prompt, Recorded, Score, TrainingSet, TrainSequence, Trial
@@ -45,19 +46,21 @@ class Policy:
     def __init__(self, script, right=lambda key, i: True):
         self.script, self.right, self.fitted = script, right, []
 
-    def write(self, prompts, keys, what):
+    checked = policy.Policy.checked
+
+    def write(self, prompts, keys, what, lora=None, places=None):
         self.keys = keys
         return [[self.script[key[-2], key[-1]] for key in each] for each in keys]
 
     def tokenise(self, training):
         return tuple(s for s in training.sequences if len(s.completion.split()) > 1)
 
-    def adapt(self, edits, what):
+    def adapt(self, edits, what, held=None, texts=None):
         self.fitted += [(e.key, e.training.sequences[0].completion) for e in edits]
         answers = [["yes" if self.right(e.key, i) else "no" for i in range(len(e.probes))] for e in edits]
         return [Adapted(tuple(a), np.asarray([2.0, 1.0])) for a in answers]
 
-    def answer(self, probes, what):
+    def answer(self, probes, lora=None, places=None, what=""):
         return [["?" if "hard" in p.text else "no" for p in each] for each in probes]
 
 
