@@ -88,6 +88,9 @@ def test_written_configs_read_back(tmp_path):
         ("fit.lengths=[]", "fit.lengths=[]: expected ascending"),
         ("fit.lora.targets=[q_proj,qproj]", "fit.lora.targets=['q_proj', 'qproj']: expected some of q_proj, k_proj"),
         ("m_step.lora.targets=[]", "m_step.lora.targets=[]: expected some of"),
+        ("m_step.weights=full", "m_step.weights='full': expected one of lora"),
+        ("m_step.row_length=0", "m_step.row_length=0: expected at least 1, or null for the longest sequence's"),
+        ("m_step.warmup_steps=-1", "m_step.warmup_steps=-1: expected at least 0"),
         # overrides that are none
         ("fit.epochs", "override 'fit.epochs': expected key.sub=value"),
         ("=3", "override '=3': expected key.sub=value"),

@@ -210,14 +210,13 @@ class FitEngine:
         slots: int,
         tokens_per_step: int,
         batch_size: int = 1,
-        microbatch: int | None = None,
         lengths: Sequence[int] = plan.LENGTHS,
         mesh: Mesh | None = None,
     ):
         self.decoder, self.mesh = decoder, mesh or mesh_lib.single()
         self.rank, self.targets = lora.rank, tuple(lora.targets)
         self.slots, self.tokens_per_step, self.lengths = slots, tokens_per_step, tuple(lengths)
-        self.batch_size, self.microbatch = batch_size, min(microbatch or batch_size, batch_size)
+        self.batch_size = batch_size
 
     def fit(
         self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[[int], None] | None = None
@@ -246,7 +245,7 @@ class FitEngine:
 
         `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
         """
-        tokens = (mesh_lib.shards(self.mesh) * rows, -(-self.batch_size // self.microbatch), self.microbatch, length)
+        tokens = (mesh_lib.shards(self.mesh) * rows, self.batch_size, length)
         kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
         edits = mesh_lib.edit_sharding(self.mesh)
         batch = step_lib.Batch(*(_abstract(jax.ShapeDtypeStruct(*kind), edits) for kind in kinds))
@@ -380,12 +379,11 @@ class _Fit:
 
     def _batch(self, action: plan.Step) -> tuple[step_lib.Batch, np.ndarray, int]:
         """The step's arrays, the row of each of its edits, and how many of the token slots are real."""
-        batch_size, microbatch = self.engine.batch_size, self.engine.microbatch
         where, local = self._spread(action.slots, self.slots, action.rows)
         held = None if self.held is None else np.zeros(len(local), np.int32)
         if held is not None:
             held[where] = [self.jobs[edit].held % self.of_shard for edit in action.edits]
-        shape = (len(local), batch_size, action.length)
+        shape = (len(local), self.engine.batch_size, action.length)
         inputs, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         real = 0
         for row, edit, number in zip(where, action.edits, action.numbers, strict=True):
@@ -395,10 +393,7 @@ class _Fit:
                 inputs[row, place, :count], targets[row, place, :count] = ids[:-1], ids[1:]
                 weights[row, place, max(sequence.loss_from, 1) - 1 : count] = 1.0
                 real += count
-        split = (len(local), -(-batch_size // microbatch), microbatch, action.length)
-        short = split[1] * split[2] - batch_size
-        arrays = [np.pad(x, ((0, 0), (0, short), (0, 0))).reshape(split) for x in (inputs, targets, weights)]
-        return step_lib.Batch(local, *arrays, held), where, real
+        return step_lib.Batch(local, inputs, targets, weights, held), where, real
 
     def _losses(self, issued: Sequence[_Issued]) -> list[np.ndarray]:
         losses = [np.full(len(order), -1.0, np.float32) for order in self.orders]

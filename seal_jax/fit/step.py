@@ -65,12 +65,12 @@ class Report(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One optimiser step of M edits: A accumulated microbatches of B sequences of L tokens. `weights` 0 marks "no label here"."""
+    """One optimiser step of M edits: B sequences of L tokens each. `weights` 0 marks "no label here"."""
 
     slots: jax.Array  # [M] int32; an index >= K is an idle row, whose result is dropped
-    inputs: jax.Array  # [M, A, B, L] int32
-    targets: jax.Array  # [M, A, B, L] int32, the token after each input
-    weights: jax.Array  # [M, A, B, L] float32
+    inputs: jax.Array  # [M, B, L] int32
+    targets: jax.Array  # [M, B, L] int32, the token after each input
+    weights: jax.Array  # [M, B, L] float32
     held: jax.Array | None = None  # [M] int32, which of the held adapters each edit stands on, where there are any
 
 
@@ -121,25 +121,16 @@ def penalty(hyper: Hyper, lora: Any, held: Any) -> jax.Array:
 def adapter_loss(
     decoder: Decoder, chunk: int, lora: Any, scale: jax.Array, before: Any, inputs: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Summed weighted loss of one adapter on one microbatch [B, L]. `before`: the frozen collections, `params` and perhaps `held`."""
+    """Summed weighted loss of one adapter on its sequences [B, L]. `before`: the frozen collections, `params` and perhaps `held`."""
     hidden, _ = decoder.apply({**before, "lora": lora_lib.scaled(lora, scale)}, inputs)
     with jax.named_scope("loss"):
         return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head(before["params"]), targets.ravel(), weights.ravel(), chunk)
 
 
 def gradient(decoder: Decoder, chunk: int, before: Any, lora: Any, scale: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
-    """The mean loss over the labels of one adapter's batch, and its gradient; microbatches [A, ...] are added up."""
-    gradient_of = jax.value_and_grad(lambda *args: adapter_loss(decoder, chunk, *args))
-    arrays = (batch.inputs, batch.targets, batch.weights)  # [A, B, L]
-    if batch.inputs.shape[0] == 1:
-        loss, summed = gradient_of(lora, scale, before, *(x[0] for x in arrays))
-    else:
-
-        def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient_of(lora, scale, before, *part)), None
-
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, lora))
-        (loss, summed), _ = jax.lax.scan(accumulate, zero, arrays)
+    """The mean loss over the labels of one adapter's batch, and its gradient."""
+    arrays = (batch.inputs, batch.targets, batch.weights)
+    loss, summed = jax.value_and_grad(lambda lora: adapter_loss(decoder, chunk, lora, scale, before, *arrays))(lora)
     labels = jnp.maximum(jnp.sum(batch.weights), 1.0)
     return loss / labels, jax.tree.map(lambda g: g / labels, summed)
 

@@ -85,7 +85,13 @@ def step(
     if rows.inputs.shape[0] == 1:
         loss, slope = slope_of(jax.tree.map(lambda x: x[0], rows))
     else:
+
+        def add(total: Any, part: Rows) -> tuple[Any, None]:
+            # All steps have as many microbatches as the largest one needs: those that are empty cost nothing.
+            more = lambda: jax.tree.map(jnp.add, total, slope_of(part))  # noqa: E731
+            return jax.lax.cond(jnp.any(part.weights != 0), more, lambda: total), None
+
         zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.weights)
-        (loss, slope), _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, slope_of(part)), None), zero, rows)
+        (loss, slope), _ = jax.lax.scan(add, zero, rows)
     labels = jnp.maximum(jnp.sum(rows.weights), 1.0)
     return SftState(*descend(hyper, state.weights, state.moments, jax.tree.map(lambda g: g / labels, slope))), loss / labels

@@ -104,11 +104,11 @@ PARITY = {
     "batch_1": ("qwen2", PAPER, {}, 5, 0),
     # Five sequences, two at a time: the last step of an epoch has one.
     "batch_2": ("llama3", dataclasses.replace(PAPER, lora=ALL, batch_size=2, learning_rate=1e-3), {"batch_size": 2}, 5, 0),
-    # As the M-step: completion tokens only, gradients accumulated over microbatches; here the last one is not full.
-    "accumulated": (
+    # Completions only, five sequences a step.
+    "batch_5": (
         "qwen3",
         dataclasses.replace(PAPER, lora=ALL, batch_size=5, schedule="cosine", warmup_steps=2, weight_decay=0.05, epochs=6),
-        {"batch_size": 5, "microbatch": 2},
+        {"batch_size": 5},
         *(7, 3),
     ),
 }

@@ -54,8 +54,8 @@ def test_clipping_and_adamw_equal_torch(monkeypatch, decay, clip):
         return sum(jnp.sum(x * s) for x, s in zip(jax.tree.leaves(adapter), jax.tree.leaves(params), strict=True)) * jnp.sum(weights)
 
     monkeypatch.setattr(step_lib, "adapter_loss", linear_loss)
-    zeros = np.zeros((1, 1, labels), np.int32)
-    batch = Batch(np.int32(0), zeros, zeros, np.ones((1, 1, labels), np.float32))
+    zeros = np.zeros((1, labels), np.int32)
+    batch = Batch(np.int32(0), zeros, zeros, np.ones((1, labels), np.float32))
     one = jax.tree.map(lambda x: x[0], hyper(1, learning_rate=0.05, total_steps=6, weight_decay=decay, max_grad_norm=clip))
     shapes = jax.eval_shape(lambda: tree)
     edit = jax.tree.map(lambda x: x[0], step_lib.empty_state(shapes, 1))._replace(lora=tree, hyper=one)
@@ -103,7 +103,7 @@ def batch(slots, vocab, seed=0, length=LENGTH):
     weights = np.zeros((ROWS, LENGTH), np.float32)
     for row in range(len(slots)):
         weights[row, : length - row] = 1.0
-    shape = (ROWS, 1, 1, LENGTH)
+    shape = (ROWS, 1, LENGTH)
     padded = np.asarray([*slots, *[1 << 30] * (ROWS - len(slots))], np.int32)
     return Batch(padded, ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights.reshape(shape))
 
@@ -183,7 +183,7 @@ def test_padding_never_enters(world):
     first = data.weights * (np.arange(LENGTH) < 3)
     _, (start, _) = program(state, data._replace(weights=first))
     _, (rest, _) = program(state, data._replace(weights=data.weights - first))
-    counts = data.weights.sum(axis=(1, 2, 3))
+    counts = data.weights.sum(axis=(1, 2))
     np.testing.assert_allclose((3 * start + (counts - 3) * rest) / counts, losses, rtol=1e-6)
     # What carries no loss is read all the same.
     changed = data.inputs.copy()

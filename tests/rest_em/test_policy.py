@@ -224,7 +224,7 @@ def test_a_partial_batch_is_a_step_on_its_own_mean(policy):
     fitted = []
     for batch_size in (1, 2):
         fit = config_lib.FitConfig(lora, 0.01, epochs=2, batch_size=batch_size)
-        engine = FitEngine(policy.decoder, lora, slots=1, tokens_per_step=1, batch_size=batch_size, microbatch=1)
+        engine = FitEngine(policy.decoder, lora, slots=1, tokens_per_step=1, batch_size=batch_size)
         fitted.append(engine.fit(policy.params, [FitJob(("x",), (Tokens(tuple(range(10, 25)), 5),), fit)]))
     np.testing.assert_allclose(fitted[0].losses[0], fitted[1].losses[0], rtol=1e-6)
     for x, y in zip(jax.tree.leaves(fitted[0].lora), jax.tree.leaves(fitted[1].lora), strict=True):
