@@ -179,6 +179,7 @@ class ContinualConfig:
 
     sequences: int = 8  # of passages, all learnt at once
     passages: int = 8  # of each sequence
+    writer: str = "adapted"  # who writes self-edits: "adapted", each sequence as it has become; "base", the policy before, for all methods
     methods: dict[str, MethodConfig] = dataclasses.field(default_factory=lambda: {"sequential": MethodConfig()})
     texts: str = "general"  # held texts about no passage: "general" (ours), or a file of texts
     beside: list[str] = dataclasses.field(default_factory=list)  # published matrices of the original's, as lines beside ours
@@ -356,6 +357,7 @@ CHOICES = {
     "model.remat": ("none", "dots", "full"),
     "fit.schedule": ("constant", "linear", "cosine"),
     "m_step.weights": ("lora",),  # a round's checkpoint is its adapter
+    "continual.writer": ("adapted", "base"),
     "pretraining.sft.weights": ("lora", "full"),
     "pretraining.sft.schedule": ("constant", "linear", "cosine"),
     "m_step.schedule": ("constant", "linear", "cosine"),

@@ -23,7 +23,7 @@ from seal_jax.parallel import processes
 from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
-from seal_jax.rest_em.policy import Edit
+from seal_jax.rest_em.policy import Edit, Key
 from seal_jax.runs import checkpoint
 from seal_jax.runs.report import write_report
 from seal_jax.runs.store import RunStore
@@ -139,15 +139,25 @@ def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> d
     return record
 
 
+def _write(setting: Setting, lanes: Sequence[Lane], held: Held, contexts: Sequence[Context], keys: Sequence[Key], what: str) -> list[str]:
+    """A self-edit for each lane's context: by the lane as it has become, or one for all lanes of a sequence by the policy before."""
+    policy, task = setting.stage.policy, setting.stage.task
+    if policy.config.continual.writer == "adapted":
+        written = given.write(policy, task, contexts, [[key] for key in keys], what, held.placed(), list(range(len(lanes))))
+        return [text for [text] in written]
+    first = {lane.sequence: i for i, lane in reversed(list(enumerate(lanes)))}
+    asked = [contexts[i] for i in first.values()], [[keys[i]] for i in first.values()]
+    by_sequence = dict(zip(first, given.write(policy, task, *asked, what), strict=True))
+    return [by_sequence[lane.sequence][0] for lane in lanes]
+
+
 def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> dict[str, Any]:
     policy, task, config = setting.stage.policy, setting.stage.task, setting.stage.policy.config
     here = [lane.contexts[number] for lane in lanes]
     keys = [("continual", lane.sequence, number, c.id) for lane, c in zip(lanes, here, strict=True)]
     what, clock = f" (passage {number + 1}/{len(lanes[0].contexts)})", Clock()
-    everyone = list(range(len(lanes)))
     with clock("sample"):
-        written = given.write(policy, task, here, [[key] for key in keys], f"writing self-edits{what}", held.placed(), everyone)
-        texts = [text for [text] in written]
+        texts = _write(setting, lanes, held, here, keys, f"writing self-edits{what}")
     sets, replays = [], []
     for lane, context, text in zip(lanes, here, texts, strict=True):
         data, again = policy.checked(task.training_set(context, text)), lane.replayed(config.seed)

@@ -128,6 +128,15 @@ def test_folders_of_other_commands_are_refused(finished, settings, tiny_run):
         continual.run(config.load(tiny_run / "config.yaml"))
 
 
+def test_one_writer_for_all_methods(settings, tmp_path, units, quick_compile):
+    """With the policy before as the writer, all lanes of a sequence learn the same self-edits, at the second passage too."""
+    changes = ["continual.writer=base", "continual.methods.replay.replay=0", f"run_dir={tmp_path / 'run'}"]
+    with quick_compile():
+        continual.run(config.load(f"{settings.run_dir}/config.yaml", changes))
+    for step in (0, 1):
+        assert len({lane["edit"] for lane in lanes(units(tmp_path / "run"), step).values()}) == 1
+
+
 def test_too_few_passages_are_said(settings, tmp_path):
     with pytest.raises(SealError, match=r"continual.passages=3: task.validation has 2 usable contexts"):
         continual.run(config.load(f"{settings.run_dir}/config.yaml", ["continual.passages=3", f"run_dir={tmp_path / 'run'}"]))

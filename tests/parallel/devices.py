@@ -1,5 +1,6 @@
 """Run by test_mesh.py on eight fake devices: fits and answers on meshes of several shapes, and says how far they are from one device."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 
 from seal_jax.config import FitConfig, LoraConfig, MeshConfig, SftConfig, StopConfig
 from seal_jax.fit import engine as engine_lib
+from seal_jax.fit import likelihood
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
@@ -48,6 +50,22 @@ def run(shape, host, jobs, prompts):
         "part": max(s.data.size / x.size for x in jax.tree.leaves(params["layers"]["mlp"]) for s in x.addressable_shards),
         "steps": fitted.waste.steps,
     }
+
+
+def stacked(shape, host, jobs):
+    """Edits on top of held adapters: (losses, nll of a text under each of them together, moved from what was held)."""
+    mesh = mesh_lib.make(MeshConfig(*shape))
+    params = jax.tree.map(jax.device_put, host, mesh_lib.parameter_shardings(mesh, host))
+    shapes = engine_lib.adapter_shapes(SPEC, 3, tuple(LORA.targets))
+    draw, decoder = np.random.default_rng(1), Decoder(SPEC)
+    held = jax.tree.map(lambda x: draw.normal(0, 0.3, (4, *x.shape)).astype(np.float32), shapes)
+    held = jax.tree.map(mesh_lib.put, held, mesh_lib.adapter_shardings(mesh, shapes))
+    chosen = [dataclasses.replace(job, held=i % 4) for i, job in enumerate(jobs[:6])]
+    fitted = FitEngine(decoder, LORA, slots=2, tokens_per_step=48, lengths=(24,), mesh=mesh).fit(params, chosen, seed=1, held=held)
+    texts = likelihood.texts_of([jobs[3].sequences[0].ids, jobs[7].sequences[0].ids])
+    nll = likelihood.mean_nll(decoder, params, engine_lib.collection(fitted, mesh, held), texts, mesh)
+    before = likelihood.mean_nll(decoder, params, held, texts, mesh)
+    return fitted.losses, nll[fitted.places], before
 
 
 def tuned(shape, host, jobs):
@@ -123,6 +141,13 @@ def main():
             "same_samples": one["samples"] == many["samples"],
             **{key: many[key] for key in ("devices", "part", "steps")},
         }
+    (losses, nll, before), others = stacked((1, 1, 1), host, jobs), stacked((2, 2, 2), host, jobs)
+    report["held"] = {
+        "losses": max(float(np.abs(a / b - 1).max()) for a, b in zip(losses, others[0], strict=True)),
+        "nll": float(np.abs(nll / others[1] - 1).max()),
+        "before": float(np.abs(before / others[2] - 1).max()),
+        "differ": float(np.ptp(before)),
+    }
     report["sft"] = compared(tuned((1, 1, 1), host, jobs), tuned((2, 2, 2), host, jobs))
     print(json.dumps(report))
 

@@ -50,6 +50,13 @@ def test_work_and_weights_are_dealt_out(devices, shape):
         assert found["steps"] < devices["steps"], "more slots, fewer steps"
 
 
+def test_held_adapters_are_found_on_their_shards(devices):
+    """Edits on top of held adapters, and what these make of a text: as on one device."""
+    found = devices["held"]
+    assert found["losses"] <= 1e-5 and found["nll"] <= 1e-5 and found["before"] <= 1e-5
+    assert found["differ"] > 1e-3, "or any adapter would do"
+
+
 def test_edits_do_not_communicate(devices):
     """On a mesh along `edit` alone, nothing but the report of a step (losses [8], flags [8]) crosses it."""
     crossing = [shape for shapes in devices["collectives"].values() for shape in shapes]
