@@ -65,7 +65,7 @@ class FitConfig:
     max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     anchor: float = 0.0  # weight of half the squared L2 distance of all kernels from what they were before the edit
-    orthogonal: float = 0.0  # weight of half the squared products of the adapter's input directions with those of earlier edits (O-LoRA)
+    orthogonal: float = 0.0  # weight of half the squared products of input directions with those of edits before, if any (O-LoRA)
     slots: int | None = None  # edits held at once by each device along mesh.edit; null: as many as fit into its memory
     tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all the edits that it trains
     lengths: list[int] = dataclasses.field(default_factory=lambda: list(LENGTHS))  # padded lengths; each used one is a compilation
@@ -164,8 +164,8 @@ class MethodConfig:
     """One way of learning passage after passage. All of them off: plain sequential editing."""
 
     replay: int = 0  # training sequences of earlier passages that are trained on again with each new one
-    anchor: float = 0.0  # as fit.anchor
-    orthogonal: float = 0.0  # as fit.orthogonal
+    anchor: float = 0.0  # as fit.anchor, which holds where this is 0
+    orthogonal: float = 0.0  # as fit.orthogonal, which holds where this is 0
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
 
 
@@ -417,6 +417,9 @@ AT_LEAST = {
     "pretraining.sft.lora.rank": 1,
     "pretraining.sft.learning_rate": 0.0,
     "pretraining.sft.epochs": 1,
+    "pretraining.sft.warmup_steps": 0,
+    "pretraining.sft.weight_decay": 0.0,
+    "pretraining.sft.max_grad_norm": 0.0,
     "pretraining.sft.batch_size": 1,
     "pretraining.sft.microbatch": 1,
     "grade.concurrency": 1,

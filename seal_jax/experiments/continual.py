@@ -16,7 +16,7 @@ from typing import Any
 from seal_jax import rng
 from seal_jax.config import MethodConfig, RunConfig
 from seal_jax.errors import SealError
-from seal_jax.experiments import continual_table, matrix
+from seal_jax.experiments import continual_table
 from seal_jax.experiments.gate import Gate
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import processes
@@ -24,7 +24,7 @@ from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit, Key
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, matrix
 from seal_jax.runs.report import write_report
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
@@ -69,7 +69,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         loop.claim(store, "continual")
         passages = general.texts(config.continual.texts)
         beside = [matrix.read_original(path) for path in config.continual.beside]  # what is wrong with them shows at once
-        stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from")
+        stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from", "")
         setting = Setting(stage, store, stage.policy.texts(passages))
         sequences = draw_sequences(config, stage.contexts["validation"])
         lanes = [
@@ -125,8 +125,7 @@ def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> d
     done = processes.share(checkpoint.is_complete(folder))
     if not (store.has(unit) and done):
         record = _learn(setting, lanes, held, number)
-        if processes.first():
-            checkpoint.save_adapters(folder, held.part(number), {"step": number, "lanes": len(lanes)})
+        held.save(folder, number, len(lanes), {"step": number})
         store.once(unit, lambda: record)  # after the checkpoint: with it, the step is done
     else:
         held.load(folder, number)
@@ -161,7 +160,7 @@ def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> 
     sets, replays = [], []
     for lane, context, text in zip(lanes, here, texts, strict=True):
         data, again = policy.checked(task.training_set(context, text)), lane.replayed(config.seed)
-        own = {"anchor": lane.method.anchor, "orthogonal": lane.method.orthogonal}
+        own = {key: value for key in ("anchor", "orthogonal") if (value := getattr(lane.method, key)) > 0}
         sets.append(TrainingSet((*data.sequences, *again), {**own, **data.fit}, data.problem, data.dropped))
         replays.append(len(again))
     usable = [i for i, data in enumerate(sets) if data.problem is None]

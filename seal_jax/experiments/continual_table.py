@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from seal_jax.experiments import matrix
 from seal_jax.rest_em.table import bootstrap
+from seal_jax.runs import matrix
 
 NO_ADAPTATION = "no adaptation"
 NOTES = (
@@ -78,10 +78,10 @@ def table(
         rows.append(row(method, matrices, bits) | _counts(lanes, [trial for lane in lanes for trial in lane["answers"].values()]))
         if start["bits"] is not None and (lost := sum(b is None for b in bits)):
             notes.append(f"{method}: the perplexity is not finite in {lost} of {len(bits)} sequences, which are left out of it")
-    shown = _matrices(found)
+    shown = matrix.shown(found)
     for summary in beside:
         method = _free(f"original: {summary.model or 'model not named'}, {summary.sequences} sequences", shown)
-        shown[method] = {"mean": _plain(summary.mean), "std": _plain(summary.std)}
+        shown[method] = {"mean": matrix.plain(summary.mean), "std": matrix.plain(summary.std)}
         rows.append(_imported(method, summary))
     said = list(NOTES if start["bits"] is not None else NOTES[:-1])
     if len(found) > 1:
@@ -94,20 +94,6 @@ def table(
         said.append("original: from its own result files, which hold no intervals; its passages and model may be others than this run's")
     said.append(f"in brackets: 95 % bootstrap intervals over sequences, {resamples} resamples")
     return {"kind": "continual", "reference": reference, "rows": rows, "matrices": shown, "notes": [*said, *notes]}
-
-
-def matrices(start: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float | None]]]]:
-    """Mean and standard deviation over sequences for each method, as in `table`; of an unfinished run what is known by now."""
-    return _matrices(matrix.from_records(start, steps))
-
-
-def _matrices(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, list[list[float | None]]]]:
-    summaries = {method: matrix.aggregate(values) for method, values in found.items()}
-    return {method: {"mean": _plain(summary.mean), "std": _plain(summary.std)} for method, summary in summaries.items()}
-
-
-def _plain(values: np.ndarray) -> list[list[float | None]]:
-    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
 
 
 def _perplexity(bits: float) -> float:

@@ -15,6 +15,7 @@ from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.loop import Stage
+from seal_jax.rest_em.retention import share
 
 if TYPE_CHECKING:
     from seal_jax.experiments.continual import Lane
@@ -70,7 +71,7 @@ class Gate:
         measures = {self.lanes[i].method.gate.measure for i in gated}
         found: dict[str, np.ndarray] = {}
         if "bits" in measures:
-            found["bits"] = self.stage.policy.bits(self.texts, after) - np.asarray([self.lanes[i].bits for i in chosen])
+            found["bits"] = self.stage.policy.bits(self.texts, after) - np.asarray([self.lanes[i].bits for i in chosen], np.float64)
         if "kl" in measures:
             found["kl"] = self.stage.policy.divergence(self.texts, self.held.place(self.held.of(chosen)), after)
         if "answers" in measures:
@@ -78,19 +79,16 @@ class Gate:
         return {i: float(found[self.lanes[i].method.gate.measure][place]) for place, i in enumerate(gated)}
 
     def _fall(self, after: Any, gated: Sequence[int]) -> np.ndarray:
-        """By how much the share of earlier passages' questions that are answered right falls, for each gated lane."""
+        """By how much the share of earlier passages' questions that are answered right falls, for each lane gated by that; else 0."""
         policy, task = self.stage.policy, self.stage.task
-        asked = [(place, c) for place, i in enumerate(gated) for c in self.lanes[i].contexts[: self.number]]
+        places = [place for place, i in enumerate(gated) if self.lanes[i].method.gate.measure == "answers"]
+        asked = [(place, c) for place in places for c in self.lanes[gated[place]].contexts[: self.number]]
         outputs = policy.answer([task.probes(c) for _, c in asked], after, [place for place, _ in asked], "answering for the gate")
         scores = task.score([(c, tuple(o)) for (_, c), o in zip(asked, outputs, strict=True)])
         fall = np.zeros(len(gated))
-        for place, i in enumerate(gated):
-            now = [v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts]
-            before = [v for c in self.lanes[i].contexts[: self.number] for v in self.lanes[i].answers[c.id]["verdicts"]]
-            fall[place] = _share(before) - _share(now)
+        for place in places:
+            lane = self.lanes[gated[place]]
+            now = share([v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts])
+            before = share([v for c in lane.contexts[: self.number] for v in lane.answers[c.id]["verdicts"]])
+            fall[place] = 0.0 if before is None or now is None else before - now
         return fall
-
-
-def _share(verdicts: Sequence[bool | None]) -> float:
-    graded = [v for v in verdicts if v is not None]
-    return sum(graded) / len(graded) if graded else 0.0

@@ -1,8 +1,9 @@
 """Continued pretraining: one model is trained on the self-edits of many passages at once, and asked about all of them.
 
 For each number of passages there is a model for the self-edits, and one for each of the task's baselines (the passages alone), all from the
-same weights. Results are kept by passage. Source: the paper's section 4.1, "Continued pretraining", and `CPT.py`, which trains an adapter;
-a later version of the paper trains all weights.
+same weights; what self-edits choose for their own inner loop (`TrainingSet.fit`) has no say here. Results are kept by passage.
+Source: the paper's section 4.1, "Continued pretraining", and `CPT.py`, which trains an adapter; a later version of the paper trains all
+weights.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from seal_jax import tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.models import hf
+from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel import processes
 from seal_jax.rest_em import given, loop
 from seal_jax.rest_em import table as table_lib
@@ -43,14 +43,14 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
     c = config.pretraining
     with loop.open_run(config) as store:
         loop.claim(store, "pretrain")
-        stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from")
+        stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from", "pretraining.edits")
         most, contexts = max(c.sizes), stage.contexts["validation"]
         if len(contexts) < most:
             raise SealError(f"pretraining.sizes={c.sizes}: task.validation has {len(contexts)} usable contexts")
         beside = given.figures(config, stage.task)
         texts = _write(stage, store, contexts[:most])
         bare = store.once("pretraining/start", lambda: _bare(stage, contexts[:most]))["answers"]
-        base = jax.tree.map(jnp.copy, stage.policy.params)  # training uses up what it starts from
+        base = stage.policy.params  # which training leaves as they are
         sizes = {}
         for size in sorted(set(c.sizes)):
             unit = f"evaluate/{size:04d}_passages/000"
@@ -103,18 +103,16 @@ def _measure(
         for name, data in task.baselines(context).items():
             models.setdefault(name, []).extend(data.sequences)
         models.setdefault(EDITS, []).extend(s for data in sets[context.id] if data.problem is None for s in data.sequences)
-    if not models[EDITS]:
-        raise SealError(f"pretraining: none of the self-edits of {len(contexts)} passages is usable: {sets[contexts[0].id][0].problem}")
     answers, losses = {NONE: [bare[context.id] for context in contexts]}, {}
     for name, sequences in models.items():
         label = f"{name}, {len(contexts)} passages"
-        with clock("pretraining"):
-            losses[name] = _train(stage, store, f"{len(contexts):04d}_{_slug(name)}", sequences, label)
+        with clock("pretraining"):  # without a usable self-edit the model stays as it is
+            losses[name] = _train(stage, store, f"{len(contexts):04d}_{_slug(name)}", sequences, label) if sequences else np.zeros(0)
         with clock("adapt"):
             answers[name] = _ask(policy, task, contexts, losses[name], f"answering ({label})")
-        if stage.policy.config.pretraining.save and processes.first():
-            hf.save_folder(_emptied(store.folder / "models" / _slug(label)), policy.decoder.spec, policy.params, policy.tokenizer)
-        policy.params = jax.tree.map(jnp.copy, base)
+        if policy.config.pretraining.save:
+            _save(policy, store.folder / "models" / _slug(label))
+        policy.params = base
     records = []
     for i, context in enumerate(contexts):
         methods = {name: [told[i]] for name, told in answers.items() if name != EDITS}
@@ -172,10 +170,13 @@ def summary(config: RunConfig, sizes: Mapping[int, Sequence[dict[str, Any]]], be
     return {"rows": rows, "notes": notes}
 
 
+def _save(policy: Policy, folder: pathlib.Path) -> None:
+    """Writes the policy as it is now as a transformers folder: the first process does, of weights fetched from all."""
+    params = mesh_lib.fetch(policy.params)
+    if processes.first():
+        shutil.rmtree(folder, ignore_errors=True)
+        hf.save_folder(folder, policy.decoder.spec, params, policy.tokenizer)
+
+
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in text.replace("+", "and").replace(",", ""))
-
-
-def _emptied(folder: pathlib.Path) -> pathlib.Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder

@@ -76,9 +76,9 @@ def share_tree(tree: Any) -> Any:
     import numpy as np
 
     shapes = share(jax.tree.map(lambda x: [list(x.shape), str(x.dtype)], tree) if first() else None)
-    if first():
-        return share_arrays(tree)
-    return share_arrays(jax.tree.map(lambda x: np.zeros(*x), shapes, is_leaf=lambda x: isinstance(x, list)))
+    if not first():
+        tree = jax.tree.map(lambda x: np.zeros(*x), shapes, is_leaf=lambda x: isinstance(x, list))
+    return jax.tree.map(share_arrays, tree)  # one after another: each is on the devices for a moment
 
 
 def share_arrays(tree: Any) -> Any:

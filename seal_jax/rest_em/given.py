@@ -6,6 +6,7 @@ A task offers them by the methods of `seal_jax.tasks.base.Given`, any of which i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from seal_jax.config import RunConfig
@@ -53,18 +54,19 @@ def write(
 def check(config: RunConfig, task: Task, contexts: Mapping[str, Sequence[Context]], edits: str | None = None) -> None:
     """Finds out before a model is loaded what would stop the run later, for the `contexts` of each split that is used.
 
-    `edits` is the config key that says how many self-edits a context gets, if they are only written; else it is that of the split.
+    `edits` is the config key that says how many self-edits a context gets, "" if it is always one; None: that of the split, and results
+    of earlier runs may be asked for as well.
     Raises `SealError` if a context has too few given self-edits, or a file of recorded results cannot be used.
     """
     for split, found in contexts.items():
-        key = edits or COUNTS[split]
-        count = config.evaluate.edits if key == "evaluate.edits" else config.rest_em.edits
+        key = COUNTS[split] if edits is None else edits
+        count = attrgetter(key)(config) if key else 1
         numbers = [(len(texts), c.id) for c in found if (texts := edits_of(task, c)) is not None]
         if few := [entry for entry in numbers if entry[0] < count]:
             least, name = min(few)
-            more = f"; set {key}={least}" if least else ""
+            more = f"; set {key}={least}" if least and key else ""
             raise SealError(
-                f"task.{split}: {key}={count}, but {len(few)} of {len(found)} contexts come with fewer self-edits "
+                f"task.{split}: {key or 'self-edits a context'}={count}, but {len(few)} of {len(found)} contexts come with fewer "
                 f"(the fewest: {least}, {name}){more}, or leave those contexts out"
             )
     if edits is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,9 +73,9 @@ class Held:
 
         def write(path: tuple[Any, ...], x: np.ndarray, part: np.ndarray) -> None:
             if path[-1].key == "a":
-                x[:count, ..., columns] = part * (by > 0)
+                x[:count, ..., columns] = np.where(by > 0, part, 0.0)
             else:
-                x[:count, :, columns] = part * by
+                x[:count, :, columns] = np.where(by > 0, part * by, 0.0)  # what was refused may be NaN
 
         jax.tree_util.tree_map_with_path(write, tree, new)
 
@@ -85,7 +85,13 @@ class Held:
         pick = lambda path, x: x[: self.lanes, ..., columns] if path[-1].key == "a" else x[: self.lanes, :, columns]  # noqa: E731
         return jax.tree_util.tree_map_with_path(pick, self._tree)
 
+    def save(self, folder: pathlib.Path, number: int, lanes: int, metadata: Mapping[str, Any]) -> None:
+        """Writes the edit `number` of the first `lanes` lanes as a checkpoint: the first process does."""
+        if processes.first():
+            checkpoint.save_adapters(folder, jax.tree.map(lambda x: x[:lanes], self.part(number)), metadata)
+
     def load(self, folder: pathlib.Path, number: int) -> None:
-        """Reads the lanes' edit `number` back from a checkpoint of `part`: the first process does, for all."""
-        part = checkpoint.load_adapters(folder)[0] if processes.first() else self.part(number)
-        self.keep(number, processes.share_arrays(part), [1.0] * self.lanes)
+        """Reads the lanes' edit `number` back, from a checkpoint of all lanes or of one that all are like. The first process reads."""
+        part = processes.share_tree(checkpoint.load_adapters(folder)[0] if processes.first() else None)
+        part = jax.tree.map(lambda x: np.broadcast_to(x, (self.lanes, *x.shape[1:])), part)
+        self.keep(number, part, [1.0] * self.lanes)

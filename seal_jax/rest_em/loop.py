@@ -94,7 +94,7 @@ def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = N
     """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
 
     The task comes first: what it finds wrong shows before a model is loaded. `edits` is the config key that says how many self-edits a
-    context gets, where it is not that of the split's usual purpose.
+    context gets ("": always one), where it is not that of the split's usual purpose.
     """
     task = tasks.build(config.task, grader(config))
     contexts = {split: task.contexts(split) for split in splits}
@@ -171,8 +171,11 @@ def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -
     )  # fmt: skip
 
 
-def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
-    """Round `number` (from 1): K self-edits a context, each measured over S seeds; the first may be read from `rest_em.rewards`."""
+def e_step(stage: Stage, store: RunStore, number: int, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Round `number` (from 1): K self-edits a context, each measured over S seeds; the first may be read from `rest_em.rewards`.
+
+    `texts`: those that rewards are to count as well, see `rest_em.retention`.
+    """
     r = stage.policy.config.rest_em
     everyone = stage.contexts["train"]
     contexts = take(everyone, r.contexts, (number - 1) * r.contexts)
@@ -180,13 +183,8 @@ def e_step(stage: Stage, store: RunStore, number: int) -> list[dict[str, Any]]:
         return store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
     memory = None
     if retention.wanted(r.retention):
-        if len(contexts) + r.retention.contexts > len(everyone):
-            raise SealError(
-                f"rest_em.retention.contexts={r.retention.contexts}: beside the round's {len(contexts)} contexts, "
-                f"task.train has only {len(everyone) - len(contexts)}"
-            )
         after = take(everyone, r.retention.contexts, number * r.contexts)
-        memory = retention.remember(stage, store, number, after, stage.policy.texts(general.texts(r.retention.texts)))
+        memory = retention.remember(stage, store, number, after, stage.policy.texts(texts))
     options = {"key": ("round", number), "edits": r.edits, "seeds": r.seeds, "baselines": False, "memory": memory}
     return run_groups(stage, store, f"rounds/{number}/e_step", contexts, r.group, **options)
 
@@ -201,11 +199,13 @@ def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, An
     """The (context, candidate) pairs that the rule of the config keeps."""
     kept = []
     for record in records:
-        candidates = [Candidate(e["candidate"], e["text"], e.get("score", e["reward"])) for e in record["edits"]]
+        by = "reward" if config.rest_em.select == "right" else "score"  # a score is there where rewards count what an edit harms
+        candidates = [Candidate(e["candidate"], e["text"], e.get(by, e["reward"])) for e in record["edits"]]
         unadapted = record["methods"][NONE][0]["reward"]
         for index in select(config.rest_em.select, candidates, config.rest_em.keep, unadapted):
-            reward = next(c.reward for c in candidates if c.index == index)
-            kept.append({"context": record["id"], "candidate": index, "reward": reward, "unadapted": unadapted})
+            edit = next(e for e in record["edits"] if e["candidate"] == index)
+            scored = {"score": edit["score"]} if "score" in edit else {}
+            kept.append({"context": record["id"], "candidate": index, "reward": edit["reward"], **scored, "unadapted": unadapted})
     return {"kept": kept, "contexts": len(records)}
 
 
@@ -251,12 +251,14 @@ def train(config: RunConfig) -> dict[str, Any]:
     with open_run(config) as store:
         refuse_evaluation(store, "train")
         claim(store, "train")
+        texts = general.texts(config.rest_em.retention.texts) if retention.wanted(config.rest_em.retention) else []
         stage = build(config, ("train", "validation"))
+        retention.check(config, len(stage.contexts["train"]))  # before anything is measured
         evaluations = {}
         if config.evaluate.during_training:
             evaluations[policy_name(0)] = evaluate(stage, store, "before")
         for number in range(1, config.rest_em.rounds + 1):
-            records = e_step(stage, store, number)
+            records = e_step(stage, store, number, texts)
             m_step(stage, store, number, records)
             if processes.first():
                 write_report(store.folder)
@@ -288,13 +290,14 @@ def claim(store: RunStore, command: str) -> None:
 
 
 def stage_of(
-    config: RunConfig, store: RunStore, splits: Sequence[str], trained: str | os.PathLike[str] | None, what: str
+    config: RunConfig, store: RunStore, splits: Sequence[str], trained: str | os.PathLike[str] | None, what: str, edits: str | None = None
 ) -> tuple[Stage, int]:
     """The stage of what is measured in `store`, and after how many rounds its policy is: the configured model as it is, or the policy of
-    the run `trained` after its last finished round, which `store` then keeps to. `what`: what is done to it, for messages."""
+    the run `trained` after its last finished round, which `store` then keeps to. `what`: what is done to it, for messages. `edits`: see
+    `build`."""
     if trained is None:
         refuse_evaluation(store, what)
-        return build(config, splits), 0
+        return build(config, splits, edits=edits), 0
     if store.names() and not store.has(ORIGIN):
         raise SealError(f"{store.folder}: holds a run of its own, nothing of {trained}; choose another run_dir")
     source = existing(trained)
@@ -305,7 +308,7 @@ def stage_of(
             f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
             f"{trained} is after {now['rounds']}, or another; choose another run_dir"
         )
-    return build(config, splits, source, now["rounds"]), now["rounds"]
+    return build(config, splits, source, now["rounds"], edits), now["rounds"]
 
 
 def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dict[str, Any]:

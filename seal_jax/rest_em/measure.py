@@ -37,8 +37,8 @@ def measure(
 
     `edits` self-edits are sampled a context (K), or are the first of those that the task has for it. `baselines` adds the task's own
     training sets (the passage alone). `key` names the random draws, together with context, candidate and seed. The bare policy answers
-    once a context, not once a trial. With a `memory`, everything is on top of that, each trial tells what became of it, and a self-edit
-    has a "score", its reward less what it harmed.
+    once a context, not once a trial. With a `memory`, everything is fitted and answered on top of that, each trial tells what became of
+    it, and a self-edit has a "score", its reward less what it harmed.
     """
     clock, held = Clock(), None if memory is None else memory.held
     with clock("sample"):
@@ -58,7 +58,8 @@ def measure(
         asked = [Edit((*key, contexts[i].id, m, s), data, probes[i] + again, held=n % shards) for n, (i, m, s, data) in enumerate(trials)]
         adapted = policy.adapt(asked, what, held, None if memory is None else memory.texts)
     with clock("bare"):
-        bare = policy.answer(probes, held, None if held is None else [0] * len(probes), f"answering without adaptation{what}")
+        places = None if held is None else [i % shards for i in range(len(probes))]
+        bare = policy.answer(probes, held, places, f"answering without adaptation{what}")
     with clock("grade"):
         own = [(contexts[i], a.outputs[: len(probes[i])]) for (i, *_), a in zip(trials, adapted, strict=True)]
         scores = task.score([*own, *((c, tuple(o)) for c, o in zip(contexts, bare, strict=True))])
@@ -77,7 +78,8 @@ def measure(
         edited = [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
         for edit in edited if memory is not None else ():
             cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
-            edit["score"] = None if edit["reward"] is None else edit["reward"] - cost
+            # An unusable edit harms nothing; it must not be better for that than one that does some good.
+            edit["score"] = None if edit["reward"] is None or edit["problem"] else edit["reward"] - cost
         records.append(record(task, context, methods, edited))
     return {"contexts": records, "seconds": clock.seconds}
 

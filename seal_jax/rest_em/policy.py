@@ -35,10 +35,10 @@ from seal_jax.tasks.base import Prompt, TrainingSet, TrainSequence
 Key = tuple[str | int, ...]
 
 
-def _merge(params: Any, lora: Any, scale: float) -> Any:
-    """`params` (consumed) with the adapter added, where they lie."""
+def _merge(params: Any, lora: Any, scale: float, keep: bool = False) -> Any:
+    """`params` (consumed, unless to be kept) with the adapter added, where they lie."""
     where = jax.tree.map(lambda x: x.sharding, params)
-    return jax.jit(lora_lib.merge, donate_argnums=(0,), out_shardings=where)(params, lora, scale)
+    return jax.jit(lora_lib.merge, donate_argnums=() if keep else (0,), out_shardings=where)(params, lora, scale)
 
 
 def _rounded(params: Any, weights: Any) -> Any:
@@ -75,7 +75,7 @@ class Policy:
 
     def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh or mesh_lib.single()
-        self._slots_of: dict[tuple[int, int], int] = {}
+        self._slots_of: dict[tuple[int, int, int], int] = {}
         self.tokenizer: Tokenizer = model.tokenizer
         self.params = model.params
         weights = jax.tree.leaves(model.params)[0].dtype
@@ -167,7 +167,7 @@ class Policy:
     def fit(self, edits: Sequence[Edit], what: str = "", held: Any = None) -> Fitted:
         """Fits an adapter for every edit, all at once; with `held` (stacked, scale folded in) each on top of the one that it names."""
         jobs = [FitJob(e.key, self.tokenise(e.training), self._fit_config(e.training), e.held) for e in edits]
-        return self._fit(self._engine(self.config.fit.slots or self._slots(jobs, held)), jobs, f"fitting{what}", held)
+        return self._fit(self._engine(self.config.fit.slots or (self._slots(jobs, held) if jobs else 1)), jobs, f"fitting{what}", held)
 
     def adapt(self, edits: Sequence[Edit], what: str = "", held: Any = None, texts: likelihood.Texts | None = None) -> list[Adapted]:
         """`fit`, and what each adapted model then answers to its probes; with `texts`, how likely it finds these."""
@@ -183,7 +183,10 @@ class Policy:
 
     def texts(self, texts: Sequence[str]) -> likelihood.Texts:
         """Texts to measure likelihood on, each cut at the model's `max_length`."""
-        return likelihood.texts_of([self.tokenizer.encode(text)[: self.max_length] for text in texts])
+        try:
+            return likelihood.texts_of([self.tokenizer.encode(text)[: self.max_length] for text in texts])
+        except ValueError:
+            raise SealError(f"held texts: none of the {len(texts)} has two tokens, so there is nothing to predict") from None
 
     def bits(self, texts: likelihood.Texts, lora: Any = None) -> np.ndarray:
         """Bits per token of the texts under each adapted model of `lora` (stacked [E, ...], scale folded in), or the bare policy: [E]."""
@@ -201,14 +204,18 @@ class Policy:
         return FitEngine(self.decoder, c.lora, slots=slots, **options)
 
     def _slots(self, jobs: Sequence[FitJob], held: Any) -> int:
-        """As many as fit: asked of the compiler, once for jobs of about the same number and length."""
-        length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(self.config.fit.lengths))
-        edits = 8 * -(-len(jobs) // (8 * mesh_lib.shards(self.mesh)))
-        if (length, edits) not in self._slots_of:
-            beside = shard_bytes(held)
+        """As many as fit: asked of the compiler, once for jobs of about the same number and length and as much held."""
+        c, shards = self.config.fit, mesh_lib.shards(self.mesh)
+        length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(c.lengths))
+        edits, beside = 8 * -(-len(jobs) // (8 * shards)), 0
+        if held is not None:  # each row of a step has a copy of the one that it stands on
+            rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
+            beside = int(shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
+        key = (length, edits, beside)
+        if key not in self._slots_of:
             found = memory.slots_that_fit(self._engine(1), self.params, length, edits, held=beside)
-            self._slots_of[length, edits] = processes.share(found)
-        return self._slots_of[length, edits]
+            self._slots_of[key] = processes.share(found)
+        return self._slots_of[key]
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)
@@ -248,7 +255,8 @@ class Policy:
     ) -> np.ndarray:
         """Trains the policy itself on `sequences` and returns the loss of every optimiser step, in nats per token.
 
-        With `config.weights` "full" all weights are replaced, else an adapter is trained and merged. `resume`, `save` and
+        With `config.weights` "full" all weights are replaced, else an adapter is trained and merged; the arrays that were `params` before
+        stay as they are. `resume`, `save` and
         `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves anything to predict.
         """
         tokens = self.tokenise(TrainingSet(tuple(sequences)))
@@ -258,7 +266,7 @@ class Policy:
         if config.weights == "full":
             self.params = _rounded(self.params, tuned.weights)
         else:
-            self.params = _merge(self.params, tuned.weights, config.lora.alpha / config.lora.rank)
+            self.params = _merge(self.params, tuned.weights, config.lora.alpha / config.lora.rank, keep=True)
         return tuned.losses
 
     def _sft(self, config: SftConfig, sequences: Sequence[Tokens], key: Key, what: str, **options: Any) -> Tuned:

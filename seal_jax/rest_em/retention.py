@@ -8,12 +8,13 @@ self-edits that do not harm. The paper names forgetting as its first limit, and 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seal_jax.config import RetentionConfig
+from seal_jax.config import RetentionConfig, RunConfig
 from seal_jax.errors import SealError
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
@@ -26,6 +27,8 @@ from seal_jax.tasks.base import Context, Task, TrainingSet
 
 if TYPE_CHECKING:
     from seal_jax.rest_em.loop import Stage
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,17 @@ def wanted(config: RetentionConfig) -> bool:
     return config.contexts > 0 or config.bits > 0
 
 
+def check(config: RunConfig, contexts: int) -> None:
+    """Raises `SealError` if so many training contexts are too few to remember some beside those of a round."""
+    r = config.rest_em
+    if r.retention.contexts and min(r.contexts, contexts) + r.retention.contexts > contexts:
+        left = contexts - min(r.contexts, contexts)
+        raise SealError(
+            f"rest_em.retention.contexts={r.retention.contexts}: beside the {min(r.contexts, contexts)} contexts of a round, "
+            f"task.train has only {left}"
+        )
+
+
 def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Context], texts: Texts) -> Memory:
     """Teaches the policy `contexts` for round `number`, or reads back what it was taught. Their self-edits are its own, one each."""
     policy, held, unit = stage.policy, None, f"rounds/{number}/memory"
@@ -56,14 +70,14 @@ def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Cont
             held.load(folder, 0)
         else:
             taught = _teach(policy, stage.task, contexts, ("round", number, "memory"), held)
-            if processes.first():
-                checkpoint.save_adapters(folder, held.part(0), {"round": number, "contexts": [c.id for c in contexts]})
+            held.save(folder, 0, 1, {"round": number, "contexts": [c.id for c in contexts]})
             store.once(f"{unit}_edits", lambda: taught)
 
     def measured() -> dict[str, Any]:
         adapters = None if held is None else held.placed()
         probes = [stage.task.probes(c) for c in contexts]
-        outputs = policy.answer(probes, adapters, [0] * len(probes), "answering from memory") if probes else []
+        places = [i % mesh_lib.shards(policy.mesh) for i in range(len(probes))]
+        outputs = policy.answer(probes, adapters, places, "answering from memory") if probes else []
         scores = stage.task.score([(c, tuple(o)) for c, o in zip(contexts, outputs, strict=True)])
         return {"accuracy": share([v for s in scores for v in s.verdicts]), "bits": float(policy.bits(texts, adapters)[0])}
 
@@ -76,15 +90,14 @@ def _teach(policy: Policy, task: Task, contexts: Sequence[Context], key: tuple[s
     texts = policy.write([task.edit_prompt(c) for c in contexts], [[(*key, c.id)] for c in contexts], "writing about what to remember")
     sets = [policy.checked(task.training_set(c, text)) for c, [text] in zip(contexts, texts, strict=True)]
     sequences = tuple(s for data in sets if data.problem is None for s in data.sequences)
-    if not sequences:
-        raise SealError(f"rest_em.retention.contexts: none of the {len(contexts)} self-edits to remember is usable: {sets[0].problem}")
+    told = [{"id": c.id, "edit": text, "problem": d.problem} for c, [text], d in zip(contexts, texts, sets, strict=True)]
+    if not sequences:  # then there is nothing to remember, and the memory stays empty
+        log.warning("rest_em.retention: none of the %d self-edits to remember is usable: %s", len(contexts), sets[0].problem)
+        return {"contexts": told, "losses": []}
     shards = range(held.lanes)
     fitted = policy.fit([Edit(key, TrainingSet(sequences), held=i) for i in shards], " (what to remember)", held.placed())
     held.keep(0, held.fresh(fitted, shards), [1.0] * held.lanes)
-    return {
-        "contexts": [{"id": c.id, "edit": text, "problem": d.problem} for c, [text], d in zip(contexts, texts, sets, strict=True)],
-        "losses": [float(x) for x in fitted.losses[0]],
-    }
+    return {"contexts": told, "losses": [float(x) for x in fitted.losses[0]]}
 
 
 def share(verdicts: Sequence[bool | None]) -> float | None:

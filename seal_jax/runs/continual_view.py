@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seal_jax.experiments import continual_table
+from seal_jax.runs import matrix
 from seal_jax.runs import table as text
 
 METHODS = 6  # examples: the first methods
@@ -14,7 +14,7 @@ METHODS = 6  # examples: the first methods
 def view(start: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], table: Mapping[str, Any] | None) -> dict[str, Any]:
     """What `continual.html.j2` shows, from the units of the run that there are by now."""
     steps = sorted(steps, key=lambda step: step["step"])
-    matrices = table["matrices"] if table else continual_table.matrices(start, steps)
+    matrices = table["matrices"] if table else matrix.shown(matrix.from_records(start, steps))
     titles = {context["id"]: context["title"] for context in start["contexts"]}
     lanes: dict[str, list[dict[str, Any]]] = {}
     for step in steps:

@@ -53,6 +53,7 @@ FREE_KEYS = (
     *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
     *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
     *("m_step.microbatch", "m_step.row_length"),
+    *("pretraining.sft.microbatch", "pretraining.sft.row_length", "pretraining.checkpoint_every"),
 )
 
 

@@ -1,8 +1,8 @@
 """One optimiser step of one model, of an adapter or of all its weights: device code, pure functions.
 
-The weights that train are float32, and so are gradients and moments; products are taken in the dtype of the model's weights. The gradient
-is of the mean loss over the labels of the whole step, added up over its microbatches; clipping, AdamW and schedules are those of
-`seal_jax.fit.step`.
+The weights that train are float32, and so are moments and sums of gradients over microbatches; products, and with them each microbatch's
+gradients of kernels, are in the dtype of the model's weights. The gradient is of the mean loss over the labels of the whole step, added
+up over its microbatches; clipping, AdamW and schedules are those of `seal_jax.fit.step`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from seal_jax.experiments import matrix
+from seal_jax.runs import matrix
 from seal_jax.tasks.base import Context, Prompt
 from seal_jax.tasks.knowledge import Config, build, prompts
 

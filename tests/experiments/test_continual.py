@@ -9,6 +9,7 @@ from seal_jax import config
 from seal_jax.errors import SealError
 from seal_jax.experiments import continual
 from seal_jax.rest_em import loop
+from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint
 from seal_jax.runs.store import RunStore
 
@@ -80,7 +81,7 @@ def test_gates_refuse_and_scale_down_with_a_reason(finished):
         assert refused["scale"] == 0.0 and refused["gate"].startswith("refused: bits per token by which predictions moved")
         assert refused["bits"] == pytest.approx(base["bits"], rel=1e-5)  # nothing was learnt
         assert {k: v["outputs"] for k, v in refused["answers"].items()} == {k: base["answers"][k]["outputs"] for k in refused["answers"]}
-        assert scaled["scale"] in (1.0, 0.5, 0.1, 0.0)
+        assert scaled["gate"] is None if scaled["scale"] == 1.0 else scaled["gate"].endswith("; budget 0.04")
     scales = [lanes(finished, step)["scaling"]["scale"] for step in (0, 1)]
     assert any(0 < scale < 1 for scale in scales)  # or nothing was tested
 
@@ -126,6 +127,19 @@ def test_folders_of_other_commands_are_refused(finished, settings, tiny_run):
         loop.evaluate_only(settings)
     with pytest.raises(SealError, match=r"holds what `seal-jax train` made; choose another run_dir for continual"):
         continual.run(config.load(tiny_run / "config.yaml"))
+
+
+def test_a_step_without_a_usable_self_edit_changes_nothing(settings, tmp_path, units, quick_compile, monkeypatch):
+    """Nor does it stop the run, whether the number of slots is set or to be found."""
+    monkeypatch.setattr(Policy, "write", lambda self, prompts, keys, *_: [["\n"] for _ in keys])
+    changes = ["fit.slots=null", "continual.passages=2", f"run_dir={tmp_path / 'run'}"]
+    with quick_compile():
+        table = continual.run(config.load(f"{settings.run_dir}/config.yaml", changes))
+    found = units(tmp_path / "run")
+    for lane in [*lanes(found, 0).values(), *lanes(found, 1).values()]:
+        assert lane["problem"] and lane["scale"] == 0.0 and lane["steps"] == 0
+        assert lane["bits"] == pytest.approx(found["continual/start"]["bits"], rel=1e-5)
+    assert [row["unusable"] for row in table["rows"]] == [0, *[2] * 6]
 
 
 def test_one_writer_for_all_methods(settings, tmp_path, units, quick_compile):

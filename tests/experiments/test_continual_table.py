@@ -3,9 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from seal_jax.experiments import matrix
-from seal_jax.experiments.continual_table import matrices, table
-from seal_jax.runs import files
+from seal_jax.experiments.continual_table import table
+from seal_jax.runs import files, matrix
 from seal_jax.runs.table import format_table
 
 BASE = [[0.25, 0.0, 0.5], [0.0, 0.5, 0.25]]
@@ -61,8 +60,8 @@ def test_matrices(continual_records):
     assert plain["mean"] == [[0.125, 0.25, 0.375], [0.875, None, None], [0.5, 0.75, None], [0.375, 0.25, 0.875]]
     assert plain["std"][1] == [pytest.approx(np.std([1.0, 0.75], ddof=1)), None, None]
     start, steps = continual_records({"sequential": PLAIN, "kept": KEPT})
-    assert matrices(start, steps) == {name: result["matrices"][name] for name in ("sequential", "kept")}
-    assert matrices(start, steps[:1])["kept"]["mean"][2:] == [[None] * 3] * 2
+    assert matrix.shown(matrix.from_records(start, steps)) == {name: result["matrices"][name] for name in ("sequential", "kept")}
+    assert matrix.shown(matrix.from_records(start, steps[:1]))["kept"]["mean"][2:] == [[None] * 3] * 2
     assert json.loads(files.dump(result)) == result, "plain JSON data"
 
 

@@ -8,6 +8,7 @@ from seal_jax import config
 from seal_jax.config import RetentionConfig
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop, retention
+from seal_jax.rest_em.policy import Policy
 from seal_jax.runs.store import RunStore
 
 
@@ -58,6 +59,34 @@ def test_selection_goes_by_the_score():
     assert [k["candidate"] for k in kept] == [1]
 
 
+def test_an_unusable_edit_is_not_better_for_harming_nothing():
+    edits = [
+        {"candidate": 0, "text": "bad", "reward": 0.0, "problem": "not JSON", "score": None},
+        {"candidate": 1, "text": "b", "reward": 0.2, "problem": None, "score": -0.1},
+    ]
+    record = {"id": "c", "edits": edits, "methods": {"no adaptation": [{"reward": 0.0}]}}
+    kept = loop.choose(config.build({"task": {"name": "knowledge"}}), [record])["kept"]
+    assert kept == [{"context": "c", "candidate": 1, "reward": 0.2, "score": -0.1, "unadapted": 0.0}]
+
+
+def test_all_questions_right_is_by_the_reward():
+    """Though the edit harmed something."""
+    record = {"id": "c", "methods": {"no adaptation": [{"reward": 0.0}]}}
+    record["edits"] = [{"candidate": 0, "text": "a", "reward": 1.0, "problem": None, "score": 0.7}]
+    settings = config.build({"task": {"name": "knowledge"}, "rest_em": {"select": "right"}})
+    assert [k["candidate"] for k in loop.choose(settings, [record])["kept"]] == [0]
+
+
+def test_nothing_usable_to_remember_leaves_the_memory_empty(settings, tmp_path, units, quick_compile, monkeypatch, caplog):
+    real = Policy.write
+    blank = lambda self, prompts, keys, *rest: [["\n"] for _ in keys] if "memory" in keys[0][0] else real(self, prompts, keys, *rest)  # noqa: E731
+    monkeypatch.setattr(Policy, "write", blank)
+    with quick_compile():
+        loop.train(config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"]))
+    assert "none of the 1 self-edits to remember is usable" in caplog.text
+    assert units(tmp_path / "run")["rounds/1/memory"]["bits"] > 0
+
+
 def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
     """Stopped after the memory was taught and before the E-step was written; and with the memory's adapter lost."""
     store = RunStore(settings.run_dir)
@@ -74,7 +103,7 @@ def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
 
 
 def test_too_few_passages_to_remember_is_said(settings, tmp_path):
-    with pytest.raises(SealError, match=r"rest_em.retention.contexts=3: beside the round's 2 contexts, task.train has only 2"):
+    with pytest.raises(SealError, match=r"rest_em.retention.contexts=3: beside the 2 contexts of a round, task.train has only 2"):
         changed = config.load(f"{settings.run_dir}/config.yaml", ["rest_em.retention.contexts=3", f"run_dir={tmp_path / 'run'}"])
         loop.train(changed)
 

@@ -6,8 +6,8 @@ import pytest
 
 from seal_jax.errors import SealError
 from seal_jax.experiments.continual_table import table
-from seal_jax.experiments.matrix import Summary, from_rows
 from seal_jax.runs import continual_view, report
+from seal_jax.runs.matrix import Summary, from_rows
 
 BASE = [[0.25, 0.0, 0.5], [0.0, 0.5, 0.25]]
 PLAIN = [

@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_json(path: str | os.PathLike[str], where: str) -> Any:
             return json.load(file)
     except FileNotFoundError:
         raise SealError(f"{where}: no such file: {path}") from None
-    except (OSError, EOFError, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
         raise SealError(f"{where}: {path} is not readable as JSON: {' '.join(str(error).split())[:300]}") from None
 
 

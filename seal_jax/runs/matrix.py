@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import random
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,6 +90,17 @@ def average(summaries: Sequence[Summary]) -> Summary:
 # ---- measures: matrices [..., T + 1, T] -> [...], NaN where nothing is known ---------------------------------------------------------
 
 
+def shown(matrices: Mapping[str, np.ndarray]) -> dict[str, dict[str, list[list[float | None]]]]:
+    """Mean and standard deviation over sequences of each method's matrices [S, T + 1, T], as JSON data: null for what is not known."""
+    summaries = {method: aggregate(values) for method, values in matrices.items()}
+    return {method: {"mean": plain(summary.mean), "std": plain(summary.std)} for method, summary in summaries.items()}
+
+
+def plain(values: np.ndarray) -> list[list[float | None]]:
+    """A matrix as JSON data."""
+    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+
+
 def newest(matrices: np.ndarray) -> np.ndarray:
     """The mean of the diagonal: each passage right after its own edit."""
     return _mean(_diagonal(matrices), axis=-1)
@@ -122,7 +134,7 @@ def read_original(path: str | os.PathLike[str]) -> Summary:
 
     Those under a folder are put together by `average`. Raises `SealError` if there is none, one is malformed, or two do not fit together.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.is_dir():
         return _read(path)
     files = sorted(file for pattern in ("summary_*.json", "summary_*.json.gz") for file in path.rglob(pattern))
@@ -144,7 +156,7 @@ def _read(path: pathlib.Path) -> Summary:
     try:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
-    except (EOFError, gzip.BadGzipFile, ValueError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, ValueError, RecursionError) as error:
         raise SealError(f"{path}: not readable as JSON: {error}") from None
     except OSError as error:
         raise SealError(f"{path}: cannot read: {(error.strerror or str(error)).lower()}") from None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_jax.errors import SealError
-from seal_jax.experiments import matrix
+from seal_jax.runs import matrix
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HAND = matrix.from_rows([[0.1, 0.2, 0.3], [0.9], [0.6, 0.8], [0.5, 0.4, 0.7]])
