@@ -14,7 +14,7 @@ from seal_jax.errors import SealError
 from seal_jax.models.decoder import Decoder
 from seal_jax.parallel import mesh
 
-SHAPES = [(8, 1, 1), (2, 2, 2), (1, 8, 1), (2, 1, 2)]
+SHAPES = [(8, 1, 1), (2, 2, 2), (1, 4, 1)]  # all devices, and half of them
 
 
 @pytest.fixture(scope="module")
