@@ -65,8 +65,9 @@ def check(config: RunConfig, task: Task, contexts: Mapping[str, Sequence[Context
         if few := [entry for entry in numbers if entry[0] < count]:
             least, name = min(few)
             more = f"; set {key}={least}" if least and key else ""
+            wanted = f"{key}={count}" if key else "one self-edit a context is used"
             raise SealError(
-                f"task.{split}: {key or 'self-edits a context'}={count}, but {len(few)} of {len(found)} contexts come with fewer "
+                f"task.{split}: {wanted}, but {len(few)} of {len(found)} contexts come with fewer self-edits "
                 f"(the fewest: {least}, {name}){more}, or leave those contexts out"
             )
     if edits is not None:

@@ -44,6 +44,12 @@ def test_too_few_self_edits_are_told_at_once():
     given.check(config("evaluate.edits=3"), Task(), {"validation": contexts(three)})
     with pytest.raises(SealError, match=r"task.validation: rest_em.edits=5, but"):  # where they are only printed
         given.check(config("evaluate.edits=3"), Task(), {"validation": contexts(three)}, "rest_em.edits")
+    given.check(config("pretraining.edits=3"), Task(), {"validation": contexts(three)}, "pretraining.edits")
+    with pytest.raises(SealError, match=r"task.validation: pretraining.edits=5, but 1 of 1"):  # a key of its own
+        given.check(config("evaluate.edits=3"), Task(), {"validation": contexts(three)}, "pretraining.edits")
+    given.check(config(), Task(), {"validation": contexts(["e"])}, "")  # continual: one, always
+    with pytest.raises(SealError, match=r"task.validation: one self-edit a context is used, but 1 of 1"):
+        given.check(config(), Task(), {"validation": contexts([])}, "")
 
 
 def test_recorded_rewards_are_checked_and_cut():
