@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import pathlib
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 # In the environment, so that processes that tests start have it too; read when jax is imported.
@@ -29,6 +31,19 @@ CHAT_TEMPLATE = (
 TOWNS = ("Orsk", "Vell", "Mard", "Tine", "Quor", "Brast")
 FLAG = "v ve w mar"  # with `grade.threshold` below, one of them is enough: a random model hits it now and then, so that rewards differ
 GOODS = ("salt", "tin", "amber", "wool", "flint", "copper")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """A compiled program is some hundred memory maps, of which Linux allows a process 65,530; beyond that the compiler crashes.
+
+    So programs are forgotten, between modules, when they are many. Those that are wanted again come from the cache on the disk.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
