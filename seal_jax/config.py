@@ -455,7 +455,8 @@ def _check_values(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.slots={config.fit.slots}: expected at least 1, or null for as many as fit")
     for key in ("m_step.row_length", "pretraining.sft.row_length", "pretraining.checkpoint_every"):
         if (value := _value(config, key)) is not None and value < 1:
-            raise SealError(f"{where}: {key}={value}: expected at least 1, or null")
+            none = "never" if key.endswith("checkpoint_every") else "the longest sequence's"
+            raise SealError(f"{where}: {key}={value}: expected at least 1, or null for {none}")
     if not config.pretraining.sizes or min(config.pretraining.sizes) < 1:
         raise SealError(f"{where}: pretraining.sizes={config.pretraining.sizes}: expected numbers of passages, at least 1 each")
     if config.mesh.edit != -1 and config.mesh.edit < 1:
