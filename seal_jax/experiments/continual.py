@@ -40,9 +40,9 @@ class Lane:
     method: MethodConfig
     sequence: int
     contexts: list[Context]
+    bits: float | None  # per token of the held texts, at the last step
     learnt: list[tuple[TrainSequence, ...]] = dataclasses.field(default_factory=list)  # what each edit so far trained on, replays apart
     answers: Trials = dataclasses.field(default_factory=dict)  # at the last step
-    bits: float | None = None  # per token of the held texts, at the last step
 
     def replayed(self, seed: int) -> tuple[TrainSequence, ...]:
         """Training sequences of earlier passages to train on again with the next one, in the order of the draw."""
@@ -72,12 +72,12 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from", "")
         setting = Setting(stage, store, stage.policy.texts(passages))
         sequences = draw_sequences(config, stage.contexts["validation"])
-        lanes = [
-            Lane(name, method, s, contexts) for name, method in config.continual.methods.items() for s, contexts in enumerate(sequences)
-        ]
         start = store.once("continual/start", lambda: _start(setting, sequences))
-        for lane in lanes:
-            lane.answers, lane.bits = {}, start["bits"]
+        lanes = [
+            Lane(name, method, s, contexts, start["bits"])
+            for name, method in config.continual.methods.items()
+            for s, contexts in enumerate(sequences)
+        ]
         held = Held(stage.policy, len(lanes), config.continual.passages)
         steps = []
         for number in range(config.continual.passages):
@@ -172,9 +172,8 @@ def _learn(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> 
         scales, reasons = gate.decide(new, set(usable))
     held.keep(number, new, scales)
     with clock("adapt"):
-        asked = [(lane, context) for lane in lanes for context in lane.contexts[: number + 1]]
-        places = [lanes.index(lane) for lane, _ in asked]
-        outputs = policy.answer([task.probes(c) for _, c in asked], held.placed(), places, f"answering{what}")
+        asked = [(place, context) for place, lane in enumerate(lanes) for context in lane.contexts[: number + 1]]
+        outputs = policy.answer([task.probes(c) for _, c in asked], held.placed(), [place for place, _ in asked], f"answering{what}")
         bits = policy.bits(setting.texts, held.placed())
     with clock("grade"):
         trials = iter(_trials(setting, [(c, tuple(o)) for (_, c), o in zip(asked, outputs, strict=True)]))

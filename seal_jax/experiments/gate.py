@@ -6,6 +6,7 @@ exact matches, the rise of bits, or the divergence that a LoRA edit may cause, a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.loop import Stage
-from seal_jax.rest_em.retention import share
+from seal_jax.tasks.base import Score
 
 if TYPE_CHECKING:
     from seal_jax.experiments.continual import Lane
@@ -39,24 +40,18 @@ class Gate:
         scales = [1.0 if i in usable else 0.0 for i in range(len(self.lanes))]
         costs_of: list[list[str]] = [[] for _ in self.lanes]
         gated = [i for i in sorted(usable) if self.lanes[i].method.gate.measure != "none"]
-        tried, open_ = 0, set(gated)
-        while open_:
-            for i in sorted(open_):
+        undecided = set(gated)
+        for rung in itertools.count():
+            for i in undecided:
                 ladder = self.lanes[i].method.gate.scales
-                if tried == len(ladder):
-                    scales[i] = 0.0
-                    open_.discard(i)
-                else:
-                    scales[i] = ladder[tried]
-            if not open_:
+                scales[i] = ladder[rung] if rung < len(ladder) else 0.0
+            undecided = {i for i in undecided if scales[i]}
+            if not undecided:
                 break
             costs = self._costs(new, scales, gated)
-            for i in sorted(open_):
-                gate, cost = self.lanes[i].method.gate, costs[i]
-                costs_of[i].append(f"{cost:.3f} at {scales[i]:g}")
-                if cost <= gate.budget:
-                    open_.discard(i)
-            tried += 1
+            for i in undecided:
+                costs_of[i].append(f"{costs[i]:.3f} at {scales[i]:g}")
+            undecided = {i for i in undecided if not costs[i] <= self.lanes[i].method.gate.budget}  # nor is NaN
         reasons: list[str | None] = [None] * len(self.lanes)
         for i in gated:
             if scales[i] < 1.0:
@@ -88,7 +83,7 @@ class Gate:
         fall = np.zeros(len(gated))
         for place in places:
             lane = self.lanes[gated[place]]
-            now = share([v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts])
-            before = share([v for c in lane.contexts[: self.number] for v in lane.answers[c.id]["verdicts"]])
+            now = Score.of([v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts]).reward
+            before = Score.of([v for c in lane.contexts[: self.number] for v in lane.answers[c.id]["verdicts"]]).reward
             fall[place] = 0.0 if before is None or now is None else before - now
         return fall

@@ -112,7 +112,7 @@ def _kept(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> lis
         parts = iter(answered)
         items += [(c, tuple(next(parts) for _ in task.probes(c))) for c in memory.contexts]
     scores = iter(task.score(items))
-    return [retention.share([v for _ in memory.contexts for v in next(scores).verdicts]) for _ in outputs]
+    return [Score.of([v for _ in memory.contexts for v in next(scores).verdicts]).reward for _ in outputs]
 
 
 def trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -> dict[str, Any]:

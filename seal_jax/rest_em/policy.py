@@ -256,8 +256,8 @@ class Policy:
         """Trains the policy itself on `sequences` and returns the loss of every optimiser step, in nats per token.
 
         With `config.weights` "full" all weights are replaced, else an adapter is trained and merged; the arrays that were `params` before
-        stay as they are. `resume`, `save` and
-        `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves anything to predict.
+        stay as they are. `resume`, `save` and `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves
+        anything to predict.
         """
         tokens = self.tokenise(TrainingSet(tuple(sequences)))
         if not tokens:

@@ -23,7 +23,7 @@ from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.policy import Edit, Policy
 from seal_jax.runs import checkpoint
 from seal_jax.runs.store import RunStore
-from seal_jax.tasks.base import Context, Task, TrainingSet
+from seal_jax.tasks.base import Context, Score, Task, TrainingSet
 
 if TYPE_CHECKING:
     from seal_jax.rest_em.loop import Stage
@@ -79,7 +79,7 @@ def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Cont
         places = [i % mesh_lib.shards(policy.mesh) for i in range(len(probes))]
         outputs = policy.answer(probes, adapters, places, "answering from memory") if probes else []
         scores = stage.task.score([(c, tuple(o)) for c, o in zip(contexts, outputs, strict=True)])
-        return {"accuracy": share([v for s in scores for v in s.verdicts]), "bits": float(policy.bits(texts, adapters)[0])}
+        return {"accuracy": Score.of([v for s in scores for v in s.verdicts]).reward, "bits": float(policy.bits(texts, adapters)[0])}
 
     known = store.once(unit, measured)
     return Memory(None if held is None else held.placed(), tuple(contexts), texts, known["accuracy"], known["bits"])
@@ -98,12 +98,6 @@ def _teach(policy: Policy, task: Task, contexts: Sequence[Context], key: tuple[s
     fitted = policy.fit([Edit(key, TrainingSet(sequences), held=i) for i in shards], " (what to remember)", held.placed())
     held.keep(0, held.fresh(fitted, shards), [1.0] * held.lanes)
     return {"contexts": told, "losses": [float(x) for x in fitted.losses[0]]}
-
-
-def share(verdicts: Sequence[bool | None]) -> float | None:
-    """The share of graded questions answered right; None if none was graded."""
-    graded = [v for v in verdicts if v is not None]
-    return sum(graded) / len(graded) if graded else None
 
 
 def cost(config: RetentionConfig, memory: Memory, trials: Sequence[Mapping[str, Any]]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seal_jax.tasks.arc.augmenters import Augmenter, chosen
+from seal_jax.tasks.json_text import object_schema, short
 
 SWITCHES = ("use_basic_augmentations", "use_size_augmentations", "use_chain_augmentations", "use_repeat_augmentations")
 ALL_TOKENS, OUTPUT_TOKENS = "train_using_all_tokens", "train_using_output_tokens"
@@ -73,16 +74,16 @@ def parse(text: str, bounds: Bounds) -> Edit | str:
             values[key] = part[key]
     for switch in SWITCHES:
         if not isinstance(values[switch], bool):
-            return f"{switch}={_short(values[switch])}: expected true or false"
+            return f"{switch}={short(values[switch])}: expected true or false"
     if values["strategy"] not in STRATEGIES:
-        return f"strategy={_short(values['strategy'])}: expected one of {', '.join(STRATEGIES)}"
+        return f"strategy={short(values['strategy'])}: expected one of {', '.join(STRATEGIES)}"
     for key, kind in (("learning_rate", "a number"), ("num_train_epochs", "a whole number")):
         low, high = getattr(bounds, key)
         value = values[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN is outside
-            return f"{key}={_short(value)}: expected {kind} from {low:g} to {high:g}"
+            return f"{key}={short(value)}: expected {kind} from {low:g} to {high:g}"
     if values["num_train_epochs"] % 1:
-        return f"num_train_epochs={_short(values['num_train_epochs'])}: expected a whole number"
+        return f"num_train_epochs={short(values['num_train_epochs'])}: expected a whole number"
     return Edit(**values | {"learning_rate": float(values["learning_rate"]), "num_train_epochs": int(values["num_train_epochs"])})
 
 
@@ -92,9 +93,9 @@ def schema(bounds: Bounds) -> dict[str, Any]:
     A learning rate is then written without exponent, with up to two digits after the point more than its bounds have.
     """
     (low, high), (fewest, most) = bounds.learning_rate, bounds.num_train_epochs
-    return _object(
-        data_generation=_object(**{switch: {"type": "boolean"} for switch in SWITCHES}),
-        training=_object(
+    return object_schema(
+        data_generation=object_schema(**{switch: {"type": "boolean"} for switch in SWITCHES}),
+        training=object_schema(
             strategy={"enum": list(STRATEGIES)},
             learning_rate={"type": "number", "minimum": low, "maximum": high},
             num_train_epochs={"type": "integer", "minimum": fewest, "maximum": most},
@@ -108,14 +109,3 @@ def steps(epochs: int, sequences: int, batch_size: int = 2) -> int:
     A last batch that is not full counts by its share, rounded down over all epochs.
     """
     return epochs * sequences // batch_size
-
-
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, dict)):  # of any depth
-        return "a list" if isinstance(value, list) else "an object"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

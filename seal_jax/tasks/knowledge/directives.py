@@ -14,6 +14,7 @@ import math
 from typing import Any
 
 from seal_jax.errors import SealError
+from seal_jax.tasks.json_text import object_schema, short
 
 LOSSES = ("all", "part")  # on every token of a training sequence, or on all but its title
 
@@ -72,14 +73,14 @@ def split(edit: str, config: Config) -> tuple[Directives, str] | str:
 
 def _problem(key: str, value: Any, config: Config) -> str | None:
     if key == "loss":
-        return None if value in LOSSES else f"loss={_short(value)}: expected {' or '.join(LOSSES)}"
+        return None if value in LOSSES else f"loss={short(value)}: expected {' or '.join(LOSSES)}"
     if key not in ("learning_rate", "epochs"):
-        return f"unknown key {_short(key)}; expected learning_rate, epochs, loss"
+        return f"unknown key {short(key)}; expected learning_rate, epochs, loss"
     low, high = config.learning_rates if key == "learning_rate" else config.epochs
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN is outside
-        return f"{key}={_short(value)}: expected a number from {low:g} to {high:g}"
+        return f"{key}={short(value)}: expected a number from {low:g} to {high:g}"
     if key == "epochs" and value % 1:
-        return f"epochs={_short(value)}: expected a whole number"
+        return f"epochs={short(value)}: expected a whole number"
     return None
 
 
@@ -91,11 +92,4 @@ def schema(config: Config) -> dict[str, Any]:
         "epochs": {"type": "integer", "minimum": fewest, "maximum": most},
         "loss": {"enum": list(LOSSES)},
     }
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, dict)):  # of any depth
-        return "a list" if isinstance(value, list) else "an object"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return object_schema(**properties)
