@@ -39,8 +39,8 @@ common_flag() { # handles a flag that all launchers have; sets `used`, how many 
 quoted() { # the words as one line of shell
   local word line='' q="'" escaped="'\\''"
   for word in "$@"; do
+    # shellcheck disable=SC2016 # $worker and $head are what `capture` leaves in a dry run
     case $word in
-      # shellcheck disable=SC2016 # what `capture` leaves in a dry run
       '$worker'* | '$head'*) word="\"$word\"" ;;
       '' | *[!A-Za-z0-9_./:=@%+,-]*) word="'${word//$q/$escaped}'" ;;
     esac
@@ -177,9 +177,9 @@ render() { # render TEMPLATE KEY=VALUE...: the template filled in, with NAME and
 
 # The run folder travels as an archive: whole or not at all. Units (*.json) come before the checkpoints that they speak of, so that what is
 # packed while a run goes on is a state that it could have been stopped in; files that are not finished stay behind.
-pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of the checkout
+pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of the checkout; nothing, if there is no such run
   local listed="find $name -type f ! -name '.*.tmp' ! -path '*/.*.new*'"
-  printf '%s\n' "cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } | tar -czf $1 --ignore-failed-read --no-recursion -T -"
+  printf '%s\n' "mkdir -p runs && cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } | tar -czf $1 --ignore-failed-read --no-recursion -T -"
 }
 
 install_line() { # install_line EXTRA: into .venv, in the root of a checkout; with uv, since TPU VMs have a Python that is too old
@@ -216,7 +216,9 @@ finish() {
   local status=$?
   trap - EXIT
   trap '' INT TERM HUP
-  for process in $others $child; do kill "$process" 2>/dev/null && wait "$process" 2>/dev/null; done
+  for process in $others $child; do
+    if kill "$process" 2>/dev/null; then wait "$process" 2>/dev/null || true; fi # it ends as it was told to
+  done
   if [ "$started" = yes ]; then
     fetch || {
       note "the results could not be copied back; what came earlier is in runs/$name"

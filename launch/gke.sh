@@ -24,17 +24,17 @@ source launch/slices.sh
 tpu='' cluster='' location='' zone='' project='' image='' spot='' pool=no through=jobset
 while [ $# -gt 0 ]; do
   case $1 in
-    --tpu) tpu=$(value "$@") && shift 2 ;;
-    --cluster) cluster=$(value "$@") && shift 2 ;;
-    --location) location=$(value "$@") && shift 2 ;;
-    --node-zone) zone=$(value "$@") && shift 2 ;;
-    --project) project=$(value "$@") && shift 2 ;;
-    --image) image=$(value "$@") && shift 2 ;;
-    --through) through=$(value "$@") && shift 2 ;;
-    --spot) spot=true && shift ;;
-    --create-pool) pool=yes && shift ;;
-    --) shift && break ;;
-    *) common_flag "$@" && shift "$used" ;;
+    --tpu) tpu=$(value "$@"); shift 2 ;;
+    --cluster) cluster=$(value "$@"); shift 2 ;;
+    --location) location=$(value "$@"); shift 2 ;;
+    --node-zone) zone=$(value "$@"); shift 2 ;;
+    --project) project=$(value "$@"); shift 2 ;;
+    --image) image=$(value "$@"); shift 2 ;;
+    --through) through=$(value "$@"); shift 2 ;;
+    --spot) spot=true; shift ;;
+    --create-pool) pool=yes; shift ;;
+    --) shift; break ;;
+    *) common_flag "$@"; shift "$used" ;;
   esac
 done
 check "$@"

@@ -14,9 +14,9 @@ source "$(dirname "$0")/common.sh"
 image='' more=''
 while [ $# -gt 0 ]; do
   case $1 in
-    --image) image=$(value "$@") && shift 2 ;;
-    --ray) more='ray[default]' && shift ;;
-    --dry-run | --help | -h) common_flag "$@" && shift "$used" ;;
+    --image) image=$(value "$@"); shift 2 ;;
+    --ray) more='ray[default]'; shift ;;
+    --dry-run | --help | -h) common_flag "$@"; shift "$used" ;;
     *) fail "unknown argument $1; see --help" ;;
   esac
 done

@@ -25,17 +25,17 @@ source launch/slices.sh
 tpu='' cluster='' location='' zone='' project='' image='' spot=no through='' head=''
 while [ $# -gt 0 ]; do
   case $1 in
-    --tpu) tpu=$(value "$@") && shift 2 ;;
-    --cluster) cluster=$(value "$@") && shift 2 ;;
-    --location) location=$(value "$@") && shift 2 ;;
-    --zone) zone=$(value "$@") && shift 2 ;;
-    --project) project=$(value "$@") && shift 2 ;;
-    --image) image=$(value "$@") && shift 2 ;;
-    --through) through=$(value "$@") && shift 2 ;;
-    --spot) spot=yes && shift ;;
+    --tpu) tpu=$(value "$@"); shift 2 ;;
+    --cluster) cluster=$(value "$@"); shift 2 ;;
+    --location) location=$(value "$@"); shift 2 ;;
+    --zone) zone=$(value "$@"); shift 2 ;;
+    --project) project=$(value "$@"); shift 2 ;;
+    --image) image=$(value "$@"); shift 2 ;;
+    --through) through=$(value "$@"); shift 2 ;;
+    --spot) spot=yes; shift ;;
     --reuse) fail "--reuse: not with Ray; delete the cluster that was kept, or choose another --name" ;;
-    --) shift && break ;;
-    *) common_flag "$@" && shift "$used" ;;
+    --) shift; break ;;
+    *) common_flag "$@"; shift "$used" ;;
   esac
 done
 check "$@"

@@ -1,7 +1,8 @@
 """Fills in a template: `python launch/render.py TEMPLATE KEY=VALUE...` prints the YAML with each SEAL_KEY replaced by its value.
 
-A template is YAML as it stands. Where SEAL_KEY is a whole value, whole numbers and yes and no are what YAML takes them for, and an empty VALUE removes the entry (and what
-holds nothing else); inside a longer text it is replaced as text. Quoting is the YAML writer's business, so no value can break the file.
+A template is YAML as it stands. Where SEAL_KEY is a whole value, digits become a number, yes and no a boolean, and an empty VALUE removes
+the entry (and what holds nothing else); inside a longer text it is replaced as text. Quoting is the YAML writer's business, so no value can
+break the file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ class Writer(yaml.SafeDumper):
     """Writes texts of several lines as blocks, as a person would."""
 
 
-Writer.add_representer(str, lambda writer, text: writer.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None))
+def text(writer: Writer, value: str) -> yaml.ScalarNode:
+    return writer.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+Writer.add_representer(str, text)
 
 
 def fill(node: Any, values: dict[str, str]) -> Any:
@@ -29,7 +34,7 @@ def fill(node: Any, values: dict[str, str]) -> Any:
         return node
     if isinstance(node, dict):
         filled = {fill(key, values): fill(value, values) for key, value in node.items()}
-        return {key: value for key, value in filled.items() if value is not None or node.get(key, 0) is None} or None
+        return {key: value for key, value in filled.items() if value is not None} or None
     if isinstance(node, list):
         return [value for value in (fill(item, values) for item in node) if value is not None] or None
     if not isinstance(node, str):

@@ -22,13 +22,13 @@ source launch/slices.sh
 tpu='' gpus='' nodes=1 infra='' spot=no
 while [ $# -gt 0 ]; do
   case $1 in
-    --tpu) tpu=$(value "$@") && shift 2 ;;
-    --gpus) gpus=$(value "$@") && shift 2 ;;
-    --nodes) nodes=$(value "$@") && shift 2 ;;
-    --infra) infra=$(value "$@") && shift 2 ;;
-    --spot) spot=yes && shift ;;
-    --) shift && break ;;
-    *) common_flag "$@" && shift "$used" ;;
+    --tpu) tpu=$(value "$@"); shift 2 ;;
+    --gpus) gpus=$(value "$@"); shift 2 ;;
+    --nodes) nodes=$(value "$@"); shift 2 ;;
+    --infra) infra=$(value "$@"); shift 2 ;;
+    --spot) spot=yes; shift ;;
+    --) shift; break ;;
+    *) common_flag "$@"; shift "$used" ;;
   esac
 done
 check "$@"
@@ -38,17 +38,24 @@ before=''
 if [ -n "$tpu" ] && [ -z "$gpus" ]; then
   slice "$tpu"
   [ "$generation" != tpu7x ] || fail "--tpu $tpu: SkyPilot makes TPU VMs by Google's TPU API, which does not serve tpu7x; use launch/gke.sh"
+  writers=$hosts
   task=$(render sky_tpu.yaml "ACCELERATOR=tpu-$accelerator" "RUNTIME=$runtime" "INFRA=${infra:-gcp}" "SPOT=$spot" "BEFORE=$before" \
     "INSTALL=$(install_line tpu)")
 elif [ -n "$gpus" ] && [ -z "$tpu" ]; then
+  writers=1
   task=$(render sky_gpu.yaml "ACCELERATOR=$gpus" "NODES=$nodes" "INFRA=$infra" "SPOT=$spot" "BEFORE=$before" "INSTALL=$(install_line cuda)")
 else
   fail "either --tpu or --gpus is needed; see --help"
 fi
 files=build/launch/$name
 
-fetch() {
-  run mkdir -p runs && pipeline "ssh $name $(quoted "cd sky_workdir && $(pack -)") >$files.run.tgz" && unpack "$files.run.tgz"
+fetch() { # from whichever host writes it: the archives of the others are empty
+  run mkdir -p runs || return
+  local number
+  for number in $(seq 0 $((writers - 1))); do
+    [ "$number" -gt 0 ] && number=-worker$number || number=''
+    pipeline "ssh $name$number $(quoted "cd sky_workdir && $(pack -)") >$files.run.tgz" && unpack "$files.run.tgz" || return
+  done
 }
 
 delete() {

@@ -17,12 +17,12 @@ source "$(dirname "$0")/common.sh"
 nodes=1 gpus=8 options=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --nodes) nodes=$(value "$@") && shift 2 ;;
-    --gpus) gpus=$(value "$@") && shift 2 ;;
-    --time | --partition | --account | --qos) options+=("$1=$(value "$@")") && shift 2 ;;
+    --nodes) nodes=$(value "$@"); shift 2 ;;
+    --gpus) gpus=$(value "$@"); shift 2 ;;
+    --time | --partition | --account | --qos) options+=("$1=$(value "$@")"); shift 2 ;;
     --keep | --reuse | --sync | --env-file) fail "$1: not with Slurm, which gives nodes back itself and passes the environment on" ;;
-    --) shift && break ;;
-    *) common_flag "$@" && shift "$used" ;;
+    --) shift; break ;;
+    *) common_flag "$@"; shift "$used" ;;
   esac
 done
 check "$@"

@@ -22,13 +22,13 @@ source launch/slices.sh
 tpu='' zone='' project='' spot=no direct=no
 while [ $# -gt 0 ]; do
   case $1 in
-    --tpu) tpu=$(value "$@") && shift 2 ;;
-    --zone) zone=$(value "$@") && shift 2 ;;
-    --project) project=$(value "$@") && shift 2 ;;
-    --spot) spot=yes && shift ;;
-    --direct) direct=yes && shift ;;
-    --) shift && break ;;
-    *) common_flag "$@" && shift "$used" ;;
+    --tpu) tpu=$(value "$@"); shift 2 ;;
+    --zone) zone=$(value "$@"); shift 2 ;;
+    --project) project=$(value "$@"); shift 2 ;;
+    --spot) spot=yes; shift ;;
+    --direct) direct=yes; shift ;;
+    --) shift; break ;;
+    *) common_flag "$@"; shift "$used" ;;
   esac
 done
 check "$@"

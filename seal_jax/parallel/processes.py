@@ -23,7 +23,7 @@ def start() -> None:
     """Joins the processes of this run, if the environment says that there are several. To be called before JAX is used.
 
     Either JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a cluster that JAX
-    knows by itself: Slurm with several tasks, or the hosts of a TPU slice, of GKE or of TPU VMs. Raises `SealError` if they cannot be joined.
+    knows by itself: Slurm with several tasks, or the hosts of a TPU slice (of GKE, or TPU VMs). Raises `SealError` if they cannot be joined.
     """
     given = [name for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)]
     arguments: dict[str, Any] = {}
