@@ -23,7 +23,8 @@ def start() -> None:
     """Joins the processes of this run, if the environment says that there are several. To be called before JAX is used.
 
     Either JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a cluster that JAX
-    knows by itself: Slurm with several tasks, or the hosts of a TPU slice (of GKE, or TPU VMs). Raises `SealError` if they cannot be joined.
+    knows by itself: Slurm with several tasks, or the hosts of a TPU slice, be they pods of GKE or TPU VMs. Raises `SealError` if they
+    cannot be joined.
     """
     given = [name for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)]
     arguments: dict[str, Any] = {}
@@ -65,8 +66,9 @@ def _metadata(key: str) -> str | None:
     """An attribute of this machine from Google's metadata server; None where there is no such server, or attribute."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     address = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers={"Metadata-Flavor": "Google"}), timeout=10) as reply:
+        with direct.open(urllib.request.Request(address, headers={"Metadata-Flavor": "Google"}), timeout=10) as reply:
             return reply.read().decode()
     except (OSError, ValueError):
         return None

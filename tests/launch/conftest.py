@@ -65,26 +65,26 @@ class Done:
 @pytest.fixture
 def checkout(tmp_path):
     """What a launcher needs of the checkout, and stand-ins for all tools; `checkout(way, flags...)` runs one."""
-    home, tools = tmp_path / "checkout", tmp_path / "tools"
+    home, stand_ins = tmp_path / "checkout", tmp_path / "tools"
     shutil.copytree(ROOT / "launch", home / "launch")
     (home / "configs").mkdir()
     shutil.copy(ROOT / "configs" / "squad.yaml", home / "configs")
-    tools.mkdir()
+    stand_ins.mkdir()
     for name in TOOLS:
-        (tools / name).write_text(FAKE)
-        (tools / name).chmod(0o755)
+        (stand_ins / name).write_text(FAKE)
+        (stand_ins / name).chmod(0o755)
     (tmp_path / "results" / "squad").mkdir(parents=True)
     (tmp_path / "results" / "squad" / "config.yaml").write_text("from there")
     environment = {
         **os.environ,
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{stand_ins}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "CALLS": str(tmp_path / "calls"),
         "RESULTS": str(tmp_path / "results"),
     }
 
     class Checkout:
-        path, seal = home, SEAL
+        path, tools, seal = home, stand_ins, SEAL
 
         @staticmethod
         def start(way, *flags, seal=SEAL, fails="^$", hangs="^$", there=1, ended="0"):
