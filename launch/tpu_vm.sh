@@ -36,7 +36,7 @@ check "$@"
 slice "$tpu"
 [ "$generation" != tpu7x ] || fail "--tpu $tpu: Google's TPU API does not serve tpu7x; use launch/gke.sh"
 
-where=("--zone=$zone")
+where=("--zone=$zone" --quiet) # no question is asked, by ssh of a new key either
 [ -z "$project" ] || where+=("--project=$project")
 vm=(gcloud compute tpus tpu-vm)
 queue=(gcloud compute tpus queued-resources)
@@ -58,9 +58,9 @@ fetch() {
 
 delete() {
   if [ "$direct" = yes ]; then
-    run "${vm[@]}" delete "$name" "${where[@]}" --quiet
+    run "${vm[@]}" delete "$name" "${where[@]}"
   else
-    run "${queue[@]}" delete "$name" "${where[@]}" --force --quiet # with its machine
+    run "${queue[@]}" delete "$name" "${where[@]}" --force # with its machine
   fi
 }
 

@@ -31,17 +31,18 @@ def plain(lines):
 
 EXPECTED = {
     "tpu_vm": [
-        "gcloud compute tpus queued-resources create squad --node-id=squad --zone=us-east5-b --accelerator-type=v6e-16 --spot "
+        "gcloud compute tpus queued-resources create squad --node-id=squad --zone=us-east5-b --quiet --accelerator-type=v6e-16 --spot "
         "--runtime-version=v2-alpha-tpuv6e",
-        "gcloud compute tpus queued-resources describe squad --zone=us-east5-b '--format=value(state.state)'",
-        "gcloud compute tpus tpu-vm scp build/launch/squad.source.tgz squad:source.tgz --zone=us-east5-b --worker=all",
-        "gcloud compute tpus tpu-vm scp squad:run.tgz build/launch/squad.run.tgz --zone=us-east5-b --worker=0",
+        "gcloud compute tpus queued-resources describe squad --zone=us-east5-b --quiet '--format=value(state.state)'",
+        "gcloud compute tpus tpu-vm scp build/launch/squad.source.tgz squad:source.tgz --zone=us-east5-b --quiet --worker=all",
+        "gcloud compute tpus tpu-vm scp squad:run.tgz build/launch/squad.run.tgz --zone=us-east5-b --quiet --worker=0",
         "tar -xzf build/launch/squad.run.tgz -C runs",
-        "gcloud compute tpus queued-resources delete squad --zone=us-east5-b --force --quiet",
+        "gcloud compute tpus queued-resources delete squad --zone=us-east5-b --quiet --force",
     ],
     "tpu_vm_direct": [
-        "gcloud compute tpus tpu-vm create squad --zone=us-east5-a --project=mine --accelerator-type=v5p-16 --version=v2-alpha-tpuv5",
-        "gcloud compute tpus tpu-vm delete squad --zone=us-east5-a --project=mine --quiet",
+        "gcloud compute tpus tpu-vm create squad --zone=us-east5-a --quiet --project=mine --accelerator-type=v5p-16 "
+        "--version=v2-alpha-tpuv5",
+        "gcloud compute tpus tpu-vm delete squad --zone=us-east5-a --quiet --project=mine",
     ],
     "jobset": [
         "gcloud container clusters get-credentials pods --location=us-east5",
@@ -221,7 +222,7 @@ def test_what_exists_already_is_neither_used_nor_deleted(checkout):
 def test_kept_machines_are_named_and_reused(checkout):
     done = checkout("tpu_vm", "--keep")
     assert done.code == 0 and not any("delete" in call for call in done.calls)
-    assert "gcloud compute tpus queued-resources delete squad --zone=us-east5-b --force --quiet" in done.err
+    assert "gcloud compute tpus queued-resources delete squad --zone=us-east5-b --quiet --force" in done.err
     again = checkout("tpu_vm", "--reuse", there=0)
     assert again.code == 0 and sum("create" in call for call in again.calls) == 1, "not a second time"
     pool = checkout("jobset_pool", "--keep", "--dry-run")
