@@ -9,7 +9,7 @@
 # --image IMAGE    an image with seal-jax, as launch/image.sh makes it
 # --create-pool    make the node pool too, and delete it at the end (--node-zone ZONE: where; not for Autopilot, which makes nodes itself)
 # --spot           spot nodes; the same command goes on after a preemption
-# --through xpk    submit through XPK, into a cluster that `xpk cluster create` made (--node-zone ZONE: of its TPUs; not for tpu7x)
+# --through xpk    submit through XPK, into a cluster that `xpk cluster create` made (--node-zone ZONE: of its TPUs)
 # --env-file FILE  lines KEY=VALUE, put into the environment there (HF_TOKEN, OPENAI_API_KEY)
 # --sync MINUTES   how often results are copied back while it runs (10)
 # --keep           leave the node pool at the end; --reuse: go on with one that was left
@@ -44,7 +44,6 @@ slice "$tpu"
 case $through in
   jobset) ;;
   xpk)
-    [ "$generation" != tpu7x ] || fail "--through xpk: XPK starts two processes a host of tpu7x, which this script cannot copy from; leave it out"
     [ "$pool$spot" = no ] || fail "--through xpk: node pools, spot ones too, are made by xpk cluster create"
     [ -n "$zone" ] || fail "--through xpk wants --node-zone"
     ;;
@@ -107,9 +106,11 @@ fi
 made=yes
 
 if [ "$through" = xpk ]; then
+  single=() # one process a host: of tpu7x some versions of XPK start two, in two containers
+  [ "$generation" != tpu7x ] || single=(--no-use-parallel-containers)
   job=xpk
-  run xpk workload create "--cluster=$cluster" "--workload=$name" "--zone=$zone" ${own[@]+"${own[@]}"} "--tpu-type=$accelerator" --num-slices=1 \
-    "--docker-image=$image" ${env_file:+"--env-file=$env_file"} "--command=$in_pod"
+  run xpk workload create "--cluster=$cluster" "--workload=$name" "--zone=$zone" ${own[@]+"${own[@]}"} "--tpu-type=${accelerator%-*}-$topology" --num-slices=1 \
+    ${single[@]+"${single[@]}"} "--docker-image=$image" ${env_file:+"--env-file=$env_file"} "--command=$in_pod"
 else
   if [ -n "$env_file" ]; then
     absent "the secret $name" kubectl get secret "$name"

@@ -239,6 +239,7 @@ SLICES = [
     ("v5p:2x2x2", 8, 2, "v5p-16", "tpu-v5p-slice", "ct5p-hightpu-4t"),
     ("v6e:2x2", 4, 1, "v6e-4", "tpu-v6e-slice", "ct6e-standard-4t"),
     ("v6e:8x8", 64, 16, "v6e-64", "tpu-v6e-slice", "ct6e-standard-4t"),
+    ("tpu7x:1x1x1", 1, 1, None, "tpu7x", "tpu7x-standard-1t"),
     ("tpu7x:2x2x1", 4, 1, None, "tpu7x", "tpu7x-standard-4t"),
     ("tpu7x:4x4x4", 64, 16, None, "tpu7x", "tpu7x-standard-4t"),
 ]
@@ -269,6 +270,11 @@ def test_slices(tpu, chips, hosts, accelerator, label, machine, checkout):
     assert f"--machine-type={machine} " in pool and f"--num-nodes={hosts} --spot" in pool
     shape = "--placement-policy=squad" if tpu == "tpu7x:4x4x4" else f"--tpu-topology={tpu.split(':')[1]}"
     assert f" {shape} " in pool
+
+    dry = checkout(f"gke.sh {cluster.replace(' --spot', '')} --through xpk --node-zone us-east5-a", "--dry-run")
+    (create,) = [line for line in dry.out if line.startswith("xpk workload create")]
+    assert f" --tpu-type={(accelerator or 'tpu7x-').rsplit('-', 1)[0]}-{tpu.split(':')[1]} --num-slices=1 " in create
+    assert ("--no-use-parallel-containers" in create) == (label == "tpu7x"), "one process a host"
 
     if accelerator:
         dry = checkout(f"tpu_vm.sh --tpu {tpu} --zone a", "--dry-run")
@@ -337,7 +343,7 @@ BAD = {
     "TPU API does not serve tpu7x; use launch/gke.sh": ("tpu_vm.sh --tpu tpu7x:2x2x1 --zone a", None),
     "which does not serve tpu7x; use launch/gke.sh": ("sky.sh --tpu tpu7x:2x2x1", None),
     "which does not serve tpu7x; use kuberay": ("ray.sh --through launcher --tpu tpu7x:2x2x1", None),
-    "two processes a host of tpu7x": ("gke.sh --tpu tpu7x:2x2x1 --cluster a --location b --image c --through xpk", None),
+    "--through xpk wants --node-zone": ("gke.sh --tpu tpu7x:2x2x1 --cluster a --location b --image c --through xpk", None),
     "--through is needed": ("ray.sh --tpu v6e:2x2", None),
     "either --tpu or --gpus": ("sky.sh", None),
     "--zone wants a value": ("tpu_vm.sh --zone", []),
