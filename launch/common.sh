@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034 # the launchers read the variables
-# What the launchers share. Sourced, not run. Every command that acts goes through `run`, `pipeline` or `poll`, which print it, quoted so that it
-# can be pasted into a shell; with --dry-run they do no more than that.
+# What the launchers share. Sourced, not run. Every command that acts goes through `run`, `pipeline` and the like, which print it, quoted so
+# that it can be pasted into a shell; with --dry-run they do no more than that.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1 # the root of the checkout
 dry_run=no keep=no reuse=no name='' sync=10 env_file=''
@@ -156,7 +156,7 @@ check() { # check COMMAND CONFIG [KEY=VALUE...]: the seal-jax command, into the 
   local item
   for item in "${@:3}"; do
     case $item in
-      name=* | run_dir=*) fail "$item: the run folder is runs/NAME, of --name; it is copied there and back, and a bucket cannot be one yet" ;;
+      name=* | run_dir=*) fail "$item: the run folder is runs/NAME, of --name; it is copied there and back, a bucket cannot be one yet" ;;
       -* | [!a-z]*) fail "$item: expected KEY=VALUE" ;;
       *=*) ;;
       *) fail "$item: expected KEY=VALUE" ;;
@@ -179,7 +179,8 @@ render() { # render TEMPLATE KEY=VALUE...: the template filled in, with NAME and
 # packed while a run goes on is a state that it could have been stopped in; files that are not finished stay behind.
 pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of the checkout; nothing, if there is no such run
   local listed="find $name -type f ! -name '.*.tmp' ! -path '*/.*.new*'"
-  printf '%s\n' "mkdir -p runs && cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } | tar -czf $1 --ignore-failed-read --no-recursion -T -"
+  printf '%s\n' "mkdir -p runs && cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } \
+| tar -czf $1 --ignore-failed-read --no-recursion -T -"
 }
 
 install_line() { # install_line EXTRA: into .venv, in the root of a checkout; with uv, since TPU VMs have a Python that is too old

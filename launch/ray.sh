@@ -2,7 +2,7 @@
 # A Ray cluster with the hosts of a TPU slice, made for one seal-jax command and deleted: through KubeRay in a GKE cluster that exists
 # (v4, v5e, v5p, v6e, tpu7x), or through Ray's own launcher on Google Cloud (v4, v5e, v5p, v6e).
 #
-#   launch/ray.sh --through kuberay --name NAME --tpu v6e:4x4 --cluster CLUSTER --location WHERE --image IMAGE [FLAG...] -- train CONFIG [...]
+#   launch/ray.sh --through kuberay --name NAME --tpu v6e:4x4 --cluster C --location WHERE --image IMAGE [FLAG...] -- train CONFIG [...]
 #   launch/ray.sh --through launcher --name NAME --tpu v6e:4x4 --zone ZONE --project PROJECT [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the Ray cluster, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
@@ -55,7 +55,7 @@ case $through in
     delete() { run kubectl delete raycluster "$name" --ignore-not-found; }
     ;;
   launcher)
-    [ "$generation" != tpu7x ] || fail "--tpu $tpu: Ray's launcher makes TPU VMs by Google's TPU API, which does not serve tpu7x; use kuberay"
+    [ "$generation" != tpu7x ] || fail "--tpu $tpu: it makes TPU VMs by Google's TPU API, which does not serve tpu7x; use kuberay"
     [ -n "$zone" ] && [ -n "$project" ] || fail "--zone and --project are needed; see --help"
     place=/home/ubuntu/seal_jax ray=.venv/bin/ray python=.venv/bin/python
     on_head() { run ray exec "$file" "$1"; }

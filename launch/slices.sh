@@ -11,7 +11,10 @@ slice() { # slice GENERATION:TOPOLOGY, as `seal-jax plan --topology` takes it, s
   for side in "${sides[@]}"; do chips=$((chips * side)); done
   case $generation in
     v5e | v6e)
-      case $topology in 1x1 | 2x2 | 2x4 | 4x4 | 4x8 | 8x8 | 8x16 | 16x16) ;; *) fail "--tpu $1: $generation comes as 1x1, 2x2, 2x4 ... 16x16" ;; esac
+      case $topology in
+        1x1 | 2x2 | 2x4 | 4x4 | 4x8 | 8x8 | 8x16 | 16x16) ;;
+        *) fail "--tpu $1: $generation comes as 1x1, 2x2, 2x4 ... 16x16" ;;
+      esac
       host_chips=4
       [ "$chips" -gt 8 ] || host_chips=$chips # up to eight chips are one host
       cores=$chips
