@@ -110,7 +110,8 @@ if [ "$through" = xpk ]; then
   [ "$generation" != tpu7x ] || single=(--no-use-parallel-containers)
   job=xpk
   run xpk workload create "--cluster=$cluster" "--workload=$name" "--zone=$zone" ${own[@]+"${own[@]}"} \
-    "--tpu-type=${accelerator%-*}-$topology" --num-slices=1 ${single[@]+"${single[@]}"} "--docker-image=$image" ${env_file:+"--env-file=$env_file"} "--command=$in_pod"
+    "--tpu-type=${accelerator%-*}-$topology" --num-slices=1 ${single[@]+"${single[@]}"} "--docker-image=$image" \
+    ${env_file:+"--env-file=$env_file"} "--command=$in_pod"
 else
   if [ -n "$env_file" ]; then
     absent "the secret $name" kubectl get secret "$name"
