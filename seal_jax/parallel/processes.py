@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
+import urllib.request
 from typing import Any
 
 from seal_jax.errors import SealError
@@ -21,7 +23,8 @@ def start() -> None:
     """Joins the processes of this run, if the environment says that there are several. To be called before JAX is used.
 
     Either JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, or a cluster that JAX
-    knows by itself: Slurm with several tasks, or the hosts of a TPU slice. Raises `SealError` if they cannot be joined.
+    knows by itself: Slurm with several tasks, or the hosts of a TPU slice, be they pods of GKE or TPU VMs. Raises `SealError` if they
+    cannot be joined.
     """
     given = [name for name in (ADDRESS, COUNT, NUMBER) if os.environ.get(name)]
     arguments: dict[str, Any] = {}
@@ -44,7 +47,31 @@ def start() -> None:
 
 
 def _tpu_hosts() -> int:
-    return len([host for host in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host])
+    """How many processes the hosts of this TPU slice run; 0: no slice is known of.
+
+    The names are where JAX looks for them (`jax._src.clusters.cloud_tpu_cluster`): GKE sets variables in each pod, and on TPU VMs, where
+    nothing is set, the metadata server knows.
+    """
+    names = os.environ.get("TPU_PROCESS_ADDRESSES", os.environ.get("TPU_WORKER_HOSTNAMES"))
+    if names is None and _has_tpu() and "TPU_SKIP_MDS_QUERY" not in os.environ:
+        names = _metadata("worker-network-endpoints")
+    return len([host for host in (names or "").split(",") if host])
+
+
+def _has_tpu() -> bool:
+    return any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+
+
+def _metadata(key: str) -> str | None:
+    """An attribute of this machine from Google's metadata server; None where there is no such server, or attribute."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    address = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(urllib.request.Request(address, headers={"Metadata-Flavor": "Google"}), timeout=10) as reply:
+            return reply.read().decode()
+    except (OSError, ValueError):
+        return None
 
 
 def first() -> bool:

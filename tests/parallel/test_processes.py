@@ -1,9 +1,12 @@
+import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 
+import jax  # before a test sets the environment: where there is no TPU, the import sets TPU_SKIP_MDS_QUERY
 import numpy as np
 import pytest
 
@@ -91,6 +94,65 @@ def test_a_half_set_environment_is_refused(monkeypatch):
     monkeypatch.setenv(processes.NUMBER, "0")
     with pytest.raises(SealError, match="JAX_NUM_PROCESSES='two'"):
         processes.start()
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A metadata server as TPU VMs have one; what it is asked, and its attributes."""
+    attributes, asked = {}, []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            value = attributes.get(self.path.rsplit("/", 1)[1])
+            self.send_response(404 if value is None else 200)
+            self.end_headers()
+            self.wfile.write((value or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "SLURM_NTASKS", processes.ADDRESS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(processes, "_has_tpu", lambda: True)
+    yield attributes, asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_tpu_vms_of_a_slice_join_each_other(metadata, monkeypatch):
+    """They have no variables; JAX, asked without arguments, finds the hosts by the metadata server, as here."""
+    attributes, asked = metadata
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: joined.append(arguments))
+    processes.start()
+    assert not joined, "no such attribute"
+    attributes["worker-network-endpoints"] = "10.0.0.1"
+    processes.start()
+    assert not joined, "a single host"
+    attributes["worker-network-endpoints"] = "unknown:8470:10.0.0.1,unknown:8470:10.0.0.2"
+    processes.start()
+    assert joined == [{}]
+    assert set(asked) == {("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")}
+
+
+def test_pods_are_counted_by_their_variables_and_nobody_is_asked_without_a_tpu(metadata, monkeypatch):
+    attributes, asked = metadata
+    attributes["worker-network-endpoints"] = "10.0.0.1,10.0.0.2"
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b,c")
+    assert processes._tpu_hosts() == 3
+    monkeypatch.setenv("TPU_PROCESS_ADDRESSES", "a:1,a:2")  # two processes a host
+    assert processes._tpu_hosts() == 2
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
+    monkeypatch.delenv("TPU_PROCESS_ADDRESSES")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert processes._tpu_hosts() == 0
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    monkeypatch.setattr(processes, "_has_tpu", lambda: False)
+    assert processes._tpu_hosts() == 0 and not asked
 
 
 def test_alone_nothing_is_started_or_shared():

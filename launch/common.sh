@@ -1,0 +1,247 @@
+# shellcheck shell=bash disable=SC2034 # the launchers read the variables
+# What the launchers share. Sourced, not run. Every command that acts goes through `run`, `pipeline` and the like, which print it, quoted so
+# that it can be pasted into a shell; with --dry-run they do no more than that.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1 # the root of the checkout
+dry_run=no keep=no reuse=no name='' sync=10 env_file=''
+made=no started=no child='' others=''
+
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  exit 2
+}
+
+help() { # the comment at the head of the script
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit 0
+}
+
+value() { # value --flag VALUE...: VALUE
+  [ $# -ge 2 ] || fail "$1 wants a value; see --help"
+  printf '%s\n' "$2"
+}
+
+common_flag() { # handles a flag that all launchers have; sets `used`, how many words it was
+  used=2
+  case $1 in
+    --name) name=$(value "$@") ;;
+    --sync) sync=$(value "$@") ;;
+    --env-file) env_file=$(value "$@") ;;
+    --dry-run) dry_run=yes used=1 ;;
+    --keep) keep=yes used=1 ;;
+    --reuse) reuse=yes used=1 ;;
+    --help | -h) help ;;
+    -*) fail "unknown flag $1; see --help" ;;
+    *) fail "$1: the seal-jax command comes after --; see --help" ;;
+  esac
+}
+
+quoted() { # the words as one line of shell
+  local word line='' q="'" escaped="'\\''"
+  for word in "$@"; do
+    # shellcheck disable=SC2016 # $worker and $head are what `capture` leaves in a dry run
+    case $word in
+      '$worker'* | '$head'*) word="\"$word\"" ;;
+      '' | *[!A-Za-z0-9_./:=@%+,-]*) word="'${word//$q/$escaped}'" ;;
+    esac
+    line="$line${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+show() { # show LINE: what is done; on standard output if it is all there will be
+  if [ "$dry_run" = yes ]; then printf '%s\n' "$1"; else printf '%s\n' "$1" >&2; fi
+}
+
+note() { show "# $*"; }
+
+run() { # run COMMAND...
+  show "$(quoted "$@")"
+  [ "$dry_run" = yes ] || "$@"
+}
+
+pipeline() { # pipeline TEXT: a line of shell, for what has a pipe or writes to a file
+  show "$1"
+  [ "$dry_run" = yes ] || bash -c "set -euo pipefail; $1"
+}
+
+run_with_input() { # run_with_input TEXT COMMAND...
+  local text=$1
+  shift
+  show "$(quoted "$@") <<'END'
+$text
+END"
+  [ "$dry_run" = yes ] || "$@" <<<"$text"
+}
+
+write() { # write FILE TEXT
+  show "cat >$(quoted "$1") <<'END'
+$2
+END"
+  [ "$dry_run" = yes ] || printf '%s\n' "$2" >"$1"
+}
+
+follow() { # like run, but a signal to this script is not held back until the command ends
+  show "$(quoted "$@")"
+  [ "$dry_run" = yes ] && return
+  "$@" &
+  child=$!
+  wait "$child"
+}
+
+background() { # background COMMAND...: shows what it prints until this script ends
+  show "$(quoted "$@") &"
+  [ "$dry_run" = yes ] && return
+  "$@" &
+  others="$others $!"
+}
+
+capture() { # capture VARIABLE COMMAND...: what it prints; in a dry run the variable's name, as a shell would write it
+  local target=$1 found="\$$1"
+  shift
+  show "$target=\$($(quoted "$@"))"
+  [ "$dry_run" = yes ] || found=$("$@")
+  [ -n "$found" ] || fail "nothing found by: $(quoted "$@")"
+  printf -v "$target" '%s' "$found"
+}
+
+poll() { # poll SECONDS GOOD BAD COMMAND...: until it prints GOOD, kept in `said`; fails on BAD, or if it fails itself ten times in a row
+  local seconds=$1 good=$2 bad=$3 failures=0
+  said=0
+  shift 3
+  note "until it says $good, every $seconds s; ${bad:-ten failures} ends it:"
+  show "$(quoted "$@")"
+  [ "$dry_run" = yes ] && return
+  while :; do
+    if said=$("$@"); then
+      failures=0
+      [[ $said =~ ^($good)$ ]] && return
+      if [ -n "$bad" ] && [[ $said =~ ^($bad)$ ]]; then
+        note "it says $said"
+        return 1
+      fi
+    else
+      failures=$((failures + 1))
+      [ "$failures" -lt 10 ] || return 1
+    fi
+    sleep "$seconds" &
+    child=$!
+    wait "$child" # so that a signal is heard at once
+  done
+}
+
+absent() { # absent WHAT COMMAND...: ends here if the command succeeds, so that nothing of somebody else's is used, or deleted at the end
+  local what=$1
+  shift
+  note "goes on only if this fails, because there is no such thing yet:"
+  show "$(quoted "$@")"
+  [ "$dry_run" = yes ] && return
+  if "$@" >/dev/null 2>&1; then fail "$what exists already; choose another --name, or --reuse it"; fi
+}
+
+check() { # check COMMAND CONFIG [KEY=VALUE...]: the seal-jax command, into the array `command`
+  case $name in
+    '') fail "--name is missing; see --help" ;;
+    [!a-z]* | *[!a-z0-9-]* | *-) fail "--name $name: expected small letters, digits and -, a letter first, as clouds want it" ;;
+  esac
+  [ ${#name} -le 40 ] || fail "--name $name: longer than 40 characters"
+  number --sync "$sync"
+  [ -z "$env_file" ] || [ -f "$env_file" ] || fail "--env-file $env_file: no such file"
+  case ${1:-} in
+    train | evaluate | pretrain | continual) ;;
+    *) fail "after --: train, evaluate, pretrain or continual, a config, and KEY=VALUE...; see --help" ;;
+  esac
+  [ -f "${2:-}" ] || fail "${2:-no config}: no such file in $PWD"
+  case $2 in /*) fail "$2: give a config inside $PWD, which is what is copied" ;; esac
+  local item
+  for item in "${@:3}"; do
+    case $item in
+      name=* | run_dir=*) fail "$item: the run folder is runs/NAME, of --name; it is copied there and back, a bucket cannot be one yet" ;;
+      -* | [!a-z]*) fail "$item: expected KEY=VALUE" ;;
+      *=*) ;;
+      *) fail "$item: expected KEY=VALUE" ;;
+    esac
+  done
+  command=(seal-jax "$@" "name=$name" "run_dir=runs/$name")
+}
+
+number() { # number --flag VALUE
+  case $2 in '' | *[!0-9]* | 0*) fail "$1 $2: expected a number above 0" ;; esac
+}
+
+render() { # render TEMPLATE KEY=VALUE...: the template filled in, with NAME and COMMAND known
+  local python=${PYTHON:-python3}
+  [ -n "${PYTHON:-}" ] || [ ! -x .venv/bin/python ] || python=.venv/bin/python
+  "$python" launch/render.py "launch/templates/$1" "NAME=$name" "COMMAND=${COMMAND:-$(quoted "${command[@]}")}" "${@:2}"
+}
+
+# The run folder travels as an archive: whole or not at all. Units (*.json) come before the checkpoints that they speak of, so that what is
+# packed while a run goes on is a state that it could have been stopped in; files that are not finished stay behind.
+pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of the checkout; nothing, if there is no such run
+  local listed="find $name -type f ! -name '.*.tmp' ! -path '*/.*.new*'"
+  printf '%s\n' "mkdir -p runs && cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } \
+| tar -czf $1 --ignore-failed-read --no-recursion -T -"
+}
+
+install_line() { # install_line EXTRA: into .venv, in the root of a checkout; with uv, since TPU VMs have a Python that is too old
+  printf '%s\n' "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv \
+&& python3 -m uv pip install --quiet --python .venv/bin/python '.[$1]'"
+}
+
+archive() { # archive FILE: what is to be copied of this checkout
+  run mkdir -p build/launch
+  run tar -czf "$1" --exclude=./.git --exclude=./.venv --exclude=./.make --exclude=./.jax_cache --exclude=./runs --exclude=./build .
+}
+
+unpack() { run tar -xzf "$1" -C runs; }
+
+begin_sync() { # copies results back every so many minutes, since a preempted machine takes its disk with it
+  started=yes
+  note "while it runs, every $sync minutes: the copying back that stands below"
+  [ "$dry_run" = yes ] && return
+  (
+    trap - EXIT
+    trap 'kill $!; exit' TERM
+    while :; do
+      sleep $((60 * sync)) &
+      wait $!
+      fetch || note "this copy of the results failed; the next may not"
+    done
+  ) &
+  others="$others $!"
+}
+
+# A launcher defines fetch (copy the results back) and delete (give the resources back) and, if it wants to, release (give back
+# what --keep is not about), and sets made=yes before it creates anything.
+finish() {
+  local status=$?
+  trap - EXIT
+  trap '' INT TERM HUP
+  for process in $others $child; do
+    if kill "$process" 2>/dev/null; then wait "$process" 2>/dev/null || true; fi # it ends as it was told to
+  done
+  if [ "$started" = yes ]; then
+    fetch || {
+      note "the results could not be copied back; what came earlier is in runs/$name"
+      [ "$status" -ne 0 ] || status=1
+    }
+  fi
+  if [ "$made" = yes ]; then
+    if declare -F release >/dev/null && ! release; then status=1; fi
+    if [ "$keep" = yes ]; then
+      note "kept, and paid for until they are deleted; --reuse goes on with them. To delete:"
+      dry_run=yes delete >&2
+    else
+      delete || {
+        note "NOT DELETED: see above, and delete by hand what is paid for"
+        status=1
+      }
+    fi
+  fi
+  if [ "$status" -ne 0 ] && [ "$made" = yes ]; then note "ended with $status; the same command goes on with runs/$name"; fi
+  exit "$status"
+}
+trap finish EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
