@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from seal_jax import config as config_lib
-from seal_jax import tasks
+from seal_jax import limits, tasks
 from seal_jax.fit import engine, plan
 from seal_jax.fit.step import empty_state
 from seal_jax.models import lora as lora_lib
@@ -87,7 +87,7 @@ def test_paper_config_has_the_papers_numbers():
     assert (c.fit.learning_rate, c.fit.schedule, c.fit.epochs, c.fit.batch_size) == (1e-3, "linear", 10, 1)
     assert (c.fit.warmup_steps, c.fit.weight_decay, c.fit.max_grad_norm) == (0, 0.0, 1.0)
     assert (c.sample.temperature, c.sample.top_p, c.sample.top_k, c.sample.max_tokens) == (1.0, 0.95, 0, 8192)
-    assert (c.m_step.lora.rank, c.m_step.lora.alpha, set(c.m_step.lora.targets)) == (64, 128.0, set(config_lib.LINEAR))
+    assert (c.m_step.lora.rank, c.m_step.lora.alpha, set(c.m_step.lora.targets)) == (64, 128.0, set(limits.LINEAR))
     assert (c.m_step.learning_rate, c.m_step.epochs, c.m_step.batch_size) == (3e-4, 2, 10)
     assert (c.evaluate.contexts, c.answer.max_tokens) == (200, 64)
     assert (c.task.prompt, c.task.answer_prompt, c.task.shuffle, c.task.drop_headers) == ("implications", "base", 42, False)

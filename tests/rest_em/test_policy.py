@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from seal_jax import config as config_lib
+from seal_jax import limits
 from seal_jax.errors import SealError
 from seal_jax.fit import memory
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens
@@ -220,7 +221,7 @@ def test_a_last_batch_that_is_not_full_is_the_mean_over_its_own_tokens(model):
 
 def test_a_partial_batch_is_a_step_on_its_own_mean(policy):
     """One sequence in a batch padded to two gives the adapter that it gives in a batch of one."""
-    lora = config_lib.LoraConfig(4, 8.0, list(config_lib.LINEAR))
+    lora = config_lib.LoraConfig(4, 8.0, list(limits.LINEAR))
     fitted = []
     for batch_size in (1, 2):
         fit = config_lib.FitConfig(lora, 0.01, epochs=2, batch_size=batch_size)
@@ -236,7 +237,7 @@ def test_a_partial_batch_is_a_step_on_its_own_mean(policy):
 def test_continued_pretraining_changes_the_policy_and_goes_on_from_a_state(model, weights):
     """Half of the steps, and from the saved state the rest: the policy of an unbroken run, which has learnt its sequences."""
     sequences = [TrainSequence(f"{town} sells {good}.") for town, good in (("Orsk", "tin"), ("Vell", "wool"), ("Mard", "salt"))]
-    lora = config_lib.LoraConfig(4, 8.0, list(config_lib.LINEAR))
+    lora = config_lib.LoraConfig(4, 8.0, list(limits.LINEAR))
     sft = config_lib.SftConfig(weights, lora, 0.01, epochs=4, batch_size=2, row_length=64)
     policies, saved = [make_policy(model) for _ in range(2)], []
     before = jax.tree.map(np.asarray, policies[0].params)
