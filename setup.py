@@ -56,6 +56,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
+        "ray": ["ray[default]>=2.50,<3"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
         "test": [*tests, *references],
         "test-no-torch": tests,

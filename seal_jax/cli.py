@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from seal_jax import __version__, config
+from seal_jax import __version__, config, logs
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code. Faults of the user's input are one line on standard error and code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for noisy in ("absl", "orbax", "jax", "httpx", "openai"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logs.setup()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
