@@ -25,6 +25,8 @@ from seal_jax.fleet.store import WorkerStore
 
 POLL = 1.0  # seconds between looks at stalled workers
 TELL = 60.0  # seconds between lines about resources that are waited for
+KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL")  # of the driver's environment, which workers need too
+VERSIONS = {"v5e": "v5litepod", "tpu7x": "v7x"}  # generations by Ray's names, where these differ
 
 
 def run(config: RunConfig, command: str, trained: str | None = None) -> dict[str, Any]:
@@ -218,7 +220,7 @@ class _Driver:
 
             version, _, topology = e.slice.partition(":")
             try:
-                part.reserved = slice_placement_group(topology=topology, accelerator_version=version)
+                part.reserved = slice_placement_group(topology=topology, accelerator_version=VERSIONS.get(version, version))
             except ValueError as error:
                 raise SealError(f"executor.slice={e.slice}: {_line(error)}") from None
             except (TimeoutError, RuntimeError):
@@ -242,10 +244,11 @@ class _Driver:
             options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": more}
             actor = self.ray.remote(Worker).options(scheduling_strategy=place, max_restarts=0, **options)
             part.actors.append(actor.remote(part.name, os.getcwd()))
-        count, environments = len(part.actors), [{}] * len(part.actors)
+        count, keys = len(part.actors), {key: os.environ[key] for key in KEYS if key in os.environ}
+        environments = [keys] * count
         tpus = any("TPU" in bundle for bundle in part.group.bundle_specs)
         if count > 1 and not tpus:  # the hosts of a TPU slice know each other
-            shared = {"JAX_COORDINATOR_ADDRESS": self.ray.get(part.actors[0].address.remote()), "JAX_NUM_PROCESSES": str(count)}
+            shared = {**keys, "JAX_COORDINATOR_ADDRESS": self.ray.get(part.actors[0].address.remote()), "JAX_NUM_PROCESSES": str(count)}
             environments = [{**shared, "JAX_PROCESS_ID": str(number)} for number in range(count)]
         part.runs = [
             actor.run.remote(self.config, *self.job, self.office, own) for actor, own in zip(part.actors, environments, strict=True)

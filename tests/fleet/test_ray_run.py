@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from seal_jax import config
+from seal_jax import cli, config
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
 from seal_jax.runs.events import read_events
@@ -114,3 +114,13 @@ def test_what_is_wrong_comes_as_one_line(cluster, tiny_run, tmp_path):
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
     with pytest.raises(SealError, match="not empty and not a run"):
         loop.train(by_workers(tiny_run, tiny_run.parent))
+
+
+def test_the_command_line_runs_by_workers(cluster, tiny_run, tmp_path, capsys):
+    folder = continued(tiny_run, tmp_path / "run", "evaluate", "rounds", "policy")
+    overrides = ["executor.name=ray", f"run_dir={folder}", "rest_em.rounds=2"]
+    assert cli.main(["train", str(tiny_run.parent / "config.yaml"), *overrides]) == 0
+    assert "passage + self-edit" in capsys.readouterr().out
+    assert json.loads((folder / "table.json").read_text()) == json.loads((tiny_run / "table.json").read_text())
+    assert cli.main(["continual", str(tiny_run.parent / "config.yaml"), *overrides]) == 2
+    assert "train and evaluate run by workers, continual does not" in capsys.readouterr().err
