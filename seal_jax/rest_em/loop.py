@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from seal_jax import config as config_lib
@@ -238,8 +238,11 @@ def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]],
     return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, **options)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """The whole run; returns its table. Continues a run folder of the same configuration."""
+def train(config: RunConfig, after_round: Callable[[int, Sequence[dict[str, Any]]], None] | None = None) -> dict[str, Any]:
+    """The whole run; returns its table. Continues a run folder of the same configuration.
+
+    `after_round` is called after each round's M-step, of a run that goes on too, with the round's number and its E-step's records.
+    """
     with open_run(config) as store:
         refuse_evaluation(store, "train")
         claim(store, "train")
@@ -253,6 +256,8 @@ def train(config: RunConfig) -> dict[str, Any]:
             records = e_step(stage, store, number, texts)
             m_step(stage, store, number, records)
             store.report()
+            if after_round is not None:
+                after_round(number, records)
         if config.evaluate.during_training and config.rest_em.rounds:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:
