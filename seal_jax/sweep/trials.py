@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import types
@@ -36,6 +37,7 @@ from seal_jax.sweep.config import ResourcesConfig, Sweep
 from seal_jax.sweep.space import Settings
 from seal_jax.sweep.table import Record
 
+logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials failed stands in our table, with the reason
 Measure = Callable[..., dict[str, Any]]  # as `trial.measure`
 FINISHED = ("done", "stopped")  # what is not run again
 
