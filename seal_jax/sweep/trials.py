@@ -105,7 +105,8 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
         trial_lib.prepare(job)
 
         def report(told: dict[str, Any]) -> None:
-            tune.report({"reward": _number(told["rewards"][-1]), "round": told["round"], "told": json.dumps(told)})
+            if told["round"] < job.config.rest_em.rounds:  # after the last one a trial is not to be stopped: its evaluation follows
+                tune.report({"reward": _number(told["rewards"][-1]), "round": told["round"], "told": json.dumps(told)})
 
         told = measure(job.run, job.config, report)
         last = {"reward": _number((told["rewards"] or [None])[-1]), "round": told["round"]}
@@ -148,9 +149,7 @@ def scheduler(sweep: Sweep, finished: Sequence[Record]) -> ASHAScheduler | None:
     asha = sweep.config.asha
     if asha is None:
         return None
-    rounds = sweep.rounds - 1  # at the last one there is nothing left to save
-    # Trials are not stopped for having done all their rounds: an evaluation follows.
-    options = {"max_t": rounds, "grace_period": asha.grace, "reduction_factor": asha.factor, "stop_last_trials": False}
+    options = {"max_t": sweep.rounds, "grace_period": asha.grace, "reduction_factor": asha.factor}
     made = ASHAScheduler(time_attr="round", metric="reward", mode="max", **options)
     for record in finished:
         stand_in: Any = types.SimpleNamespace(trial_id=record["trial"])

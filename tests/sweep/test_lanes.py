@@ -10,7 +10,7 @@ import pytest
 from seal_jax import cli
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
-from seal_jax.rest_em.policy import Policy
+from seal_jax.rest_em.policy import Adapted, Policy
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import lanes as lanes_lib
 from seal_jax.sweep import run as sweep_run
@@ -25,47 +25,55 @@ def quick(quick_compile):
         yield
 
 
-def rounded(record):
+def apart(record):
     """A context's record with its losses apart: (what must be equal, losses)."""
     record = json.loads(json.dumps(record))
     trials = [t for edit in record["edits"] for t in edit["trials"]] + [t for found in record["methods"].values() for t in found]
     return record, [t.pop(key) for t in trials for key in ("loss_first", "loss_last")]
 
 
-def test_a_lane_is_an_evaluation(write_sweep, tmp_path, units, monkeypatch):
+def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeypatch):
     """Number by number: self-edits, answers, verdicts, rewards, table; losses up to rounding."""
-    small = {"evaluate.contexts": 2, "evaluate.edits": 1, "evaluate.seeds": 1}
-    sweep = sweep_config.load(write_sweep(search="lanes", space=SPACE, set=small))
+    sweep = sweep_config.load(write_sweep(search="lanes", space=SPACE, set={}))
     asked, answer = [], Policy.answer
     monkeypatch.setattr(Policy, "answer", lambda self, probes, lora=None, *rest, **more: (
         asked.append((len(probes), lora is None)) or answer(self, probes, lora, *rest, **more)))  # fmt: skip
     table = sweep_run.run(sweep)
-    assert asked == [(1, True), (16, False)] * 2, "of each context: bare once, then all lanes' passage and self-edit at once"
+    assert asked == [(1, True), (48, False)] * 2, "of each context: bare once, then all lanes' passages and self-edits at once"
     assert len(table["rows"]) == 8 and len({json.dumps(row["result"]) for row in table["rows"]}) > 1, "settings differ"
     monkeypatch.undo()
-    for settings in ([0.02, 4, 1], [0.005, 2, 2]):
-        settings = dict(zip(SPACE, settings, strict=True))
-        (row,) = [row for row in table["rows"] if row["settings"] == settings]
-        config = sweep.trial(settings, str(tmp_path / row["trial"]))
-        alone = loop.evaluate_only(config)
-        assert row["result"] == table_lib.result(alone, "base")
-        for number in range(2):
-            unit = json.loads((pathlib.Path(row["run"]) / f"{number:03d}.json").read_text())
-            (ours, our_losses), (theirs, their_losses) = map(
-                rounded, (unit["contexts"][0], units(config.run_dir)[f"evaluate/before/{number:03d}"]["contexts"][0])
-            )
-            assert ours == theirs
-            np.testing.assert_allclose(*([x for x in found if x is not None] for found in (our_losses, their_losses)), rtol=1e-4)
+
+    def compare(lane, unit, theirs):
+        ours = json.loads((pathlib.Path(lane["run"]) / f"{unit}.json").read_text())
+        (ours, our_losses), (theirs, their_losses) = map(apart, (ours["contexts"][0], theirs["contexts"][0]))
+        assert ours == theirs
+        np.testing.assert_allclose(*([x for x in found if x is not None] for found in (our_losses, their_losses)), rtol=1e-4)
+
+    # The settings of the finished run, which began with an evaluation.
+    (lane,) = [row for row in table["rows"] if list(row["settings"].values()) == [0.02, 4, 1]]
+    assert lane["result"] == table_lib.result(units(tiny_run)["table"], "base")
+    for unit in ("000", "001"):
+        compare(lane, unit, units(tiny_run)[f"evaluate/before/{unit}"])
+    # Settings of another rank and batch size, in an evaluation that has no more than these.
+    (lane,) = [row for row in table["rows"] if list(row["settings"].values()) == [0.005, 2, 2]]
+    config = sweep.trial(lane["settings"], str(tmp_path / "alone"))
+    loop.evaluate_only(dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, contexts=1)))
+    compare(lane, "000", units(config.run_dir)["evaluate/before/000"])
 
     # Again, with a value more: what is there is read, and only the new lanes are fitted.
-    made, fit = [], Policy.fit
+    made = []
+
+    def adapt(self, edits, what):
+        made.append(len(edits))
+        return [Adapted(tuple("x" for _ in edit.probes), np.asarray([1.0])) for edit in edits]
+
     monkeypatch.setattr(Policy, "write", None)
-    monkeypatch.setattr(Policy, "fit", lambda self, edits, *rest: made.append(len(edits)) or fit(self, edits, *rest))
-    more = sweep_config.load(write_sweep(search="lanes", space={**SPACE, "fit.learning_rate": [0.02, 0.005, 0.01]}, set=small))
+    monkeypatch.setattr(Policy, "adapt", adapt)
+    more = sweep_config.load(write_sweep(search="lanes", space={**SPACE, "fit.learning_rate": [0.02, 0.005, 0.01]}, set={}))
     rows = sweep_run.run(more)["rows"]
-    assert made == [8, 8] and len(rows) == 12
-    assert [r for r in rows if r["settings"]["fit.learning_rate"] != 0.01] == [{**r, "seconds": s["seconds"]} for r, s in zip(
-        table["rows"], [r for r in rows if r["settings"]["fit.learning_rate"] != 0.01], strict=True)]  # fmt: skip
+    assert made == [24, 24] and len(rows) == 12
+    before = {row["trial"]: row["result"] for row in table["rows"]}
+    assert {row["trial"]: row["result"] for row in rows if row["trial"] in before} == before
 
 
 def test_lanes_of_an_edit_that_chooses_for_itself(write_sweep):
