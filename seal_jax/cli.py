@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     configured(command("continual", continual, f"{text} (of a run: in a folder of its own, RUN-continual or run_dir=...)"))
     text = "train one model on the self-edits of many passages at once, and print what it then answers"
     configured(command("pretrain", pretrain, f"{text} (of a run: in a folder of its own, RUN-pretrain or run_dir=...)"))
+    made = command("sweep", sweep, "the same run under many settings, and a table of them; goes on with a sweep that was stopped")
+    made.add_argument("file", metavar="FILE", help="a sweep file (YAML)")
+    made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of it to set, say trials=20")
     made = configured(command("generate", generate, "write self-edits and print them as JSON lines, nothing trained"))
     made.add_argument("--split", default="validation", choices=("train", "validation"))
     made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
@@ -183,6 +186,25 @@ def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, p
                 settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-{command}")
     _start(command, settings, f"run folder {settings.run_dir}")
     return settings, trained
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    from seal_jax.sweep import config as sweep_config
+
+    asked = sweep_config.load(arguments.file, arguments.overrides)
+    text = f"seal-jax sweep: {asked.config.name}, {asked.config.search}, folder {asked.folder}"
+    if asked.config.search == "lanes":
+        _start(text)  # trials join nobody: each is a process of its own
+    else:
+        _say(text)
+    from seal_jax.sweep import run
+    from seal_jax.sweep.table import format_table
+
+    table = run.run(asked)
+    if run.speaks(asked):
+        print(f"\n{format_table(table)}\n\ntable: {asked.folder / run.TABLE}\nplot:  {asked.folder / run.PLOT}")
+    if failed := run.failures(table):
+        raise SealError(f"{failed} of {len(table['rows'])} trials failed, as the table says; the same command tries them again")
 
 
 def generate(arguments: argparse.Namespace) -> None:

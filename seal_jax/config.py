@@ -271,6 +271,11 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 
     Raises `SealError` for a missing or malformed file, an unknown key (with the nearest known one), a wrong type or a bad value.
     """
+    return build(read(path), overrides, where=str(path))
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in the YAML file `path`, as plain data. Raises `SealError` for a missing or malformed file."""
     try:
         with open(path, encoding="utf-8") as file:
             data = yaml.safe_load(file)
@@ -280,7 +285,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
         raise SealError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SealError(f"{path}: expected a mapping of config keys, found {type(data).__name__}")
-    return build(data, overrides, where=str(path))
+    return data
 
 
 def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
@@ -288,7 +293,7 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
     try:
         given = OmegaConf.create(data)
         for item in overrides:
-            given = _override(given, item)
+            given = override(given, item)
         task = given.get("task")
         name = task.get("name") if OmegaConf.is_dict(task) else None
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
@@ -299,18 +304,22 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
     schema = OmegaConf.structured(RunConfig)
     schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
-    try:
-        _check_keys(schema, given, where)
-        merged = OmegaConf.merge(schema, given)
-        config = OmegaConf.to_object(merged)
-    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
-        raise SealError(f"{where}: {_one_line(error)}") from None
+    config = fill(schema, given, where)
     assert isinstance(config, RunConfig)
     limits.check(config, where)
     return config
 
 
-def _override(given: Any, item: str) -> Any:
+def fill(schema: Any, given: Any, where: str) -> Any:
+    """The dataclass of `schema` with what is `given` in place of its defaults. Raises `SealError` for what is unknown or does not fit."""
+    try:
+        _check_keys(schema, given, where)
+        return OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
+        raise SealError(f"{where}: {_one_line(error)}") from None
+
+
+def override(given: Any, item: str) -> Any:
     """`given` with one `key.sub=value` applied."""
     key, separator, _ = item.partition("=")
     if not separator or not all(key.split(".")):

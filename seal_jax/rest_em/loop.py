@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seal_jax import config as config_lib
@@ -241,14 +241,21 @@ def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]],
     return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, **options)
 
 
-def train(config: RunConfig, store: RunStore | WorkerStore | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    store: RunStore | WorkerStore | None = None,
+    after_round: Callable[[int, Sequence[dict[str, Any]]], None] | None = None,
+) -> dict[str, Any]:
     """The whole run; returns its table. Continues a run folder of the same configuration.
 
     `store`: where results are read and kept, for one of several workers; None: in the config's run folder, which is opened here.
+    `after_round` is called after each round's M-step, of a run that goes on too, with the round's number and its E-step's records.
     """
     if store is None and config.executor.name == "ray":
         from seal_jax.fleet import ray_run
 
+        if after_round is not None:
+            raise SealError("executor.name=ray: a trial of a sweep is placed by Ray itself; set executor.name=local")
         return ray_run.run(config, "train")
     with store or open_run(config) as store:
         refuse_evaluation(store, "train")
@@ -263,6 +270,8 @@ def train(config: RunConfig, store: RunStore | WorkerStore | None = None) -> dic
             records = e_step(stage, store, number, texts)
             m_step(stage, store, number, records)
             store.report()
+            if after_round is not None:
+                after_round(number, records)
         if config.evaluate.during_training and config.rest_em.rounds:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:

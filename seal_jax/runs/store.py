@@ -98,7 +98,7 @@ class RunStore:
             existed = _is_run(self.folder)
             # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
             free = FREE_KEYS if self._names() else ("*",)
-            changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
+            changed = compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
             with files.faults(self.folder):
                 for left in self.folder.rglob(f".*{files.TEMPORARY}"):
                     left.unlink(missing_ok=True)
@@ -361,7 +361,7 @@ def _is_run(folder: pathlib.Path) -> bool:
     return False
 
 
-def _compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path, free: Sequence[str]) -> dict[str, list[Any]]:
+def compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path, free: Sequence[str]) -> dict[str, list[Any]]:
     """The keys of the patterns `free` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
     before, after = _flatten(config_lib.to_dict(old)), _flatten(config_lib.to_dict(new))
     changed = {}
