@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from seal_jax import tasks
+from seal_jax import preemption, tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.models import hf
@@ -148,12 +148,14 @@ def _train(stage: loop.Stage, store: RunStore, name: str, sequences: Sequence[Tr
     def save(state: Saved) -> None:
         if processes.first():
             checkpoint.save_adapters(folder, state, {"steps": len(state["losses"])})
+        preemption.stop_if_due()
 
     state = None
     if processes.share(checkpoint.is_complete(folder)):
         state = processes.share_tree(checkpoint.load_adapters(folder)[0] if processes.first() else None)
-    options = {"resume": state, "save": save, "checkpoint_every": c.checkpoint_every}
-    return stage.policy.pretrain(sequences, ("pretraining", name), c.sft, f"training on {label}", **options)
+    options = {"resume": state, "save": save, "checkpoint_every": c.checkpoint_every, "save_now": preemption.due}
+    with preemption.at_steps():
+        return stage.policy.pretrain(sequences, ("pretraining", name), c.sft, f"training on {label}", **options)
 
 
 def summary(config: RunConfig, sizes: Mapping[int, Sequence[dict[str, Any]]], beside: Sequence[Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ends with the same files. Source: the paper's Algorithm 1 and section 3.1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seal_jax import config as config_lib
-from seal_jax import tasks
+from seal_jax import preemption, tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.grade import base as grade
@@ -39,9 +40,11 @@ log = logging.getLogger(__name__)
 ORIGIN = "origin"  # the unit that says whose policy an evaluation's folder is about
 
 
-def open_run(config: RunConfig) -> RunStore:
-    """The run's folder, made or opened to go on."""
-    return RunStore.create_or_open(config.run_dir, config)
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[RunStore]:
+    """The run's folder, made or opened to go on; its log tells how the run ends."""
+    with RunStore.create_or_open(config.run_dir, config) as store, preemption.logged(store.log):
+        yield store
 
 
 def grader(config: RunConfig) -> grade.Grader:

@@ -252,17 +252,19 @@ class Policy:
         resume: Saved | None = None,
         save: Callable[[Saved], None] | None = None,
         checkpoint_every: int | None = None,
+        save_now: Callable[[], bool] | None = None,
     ) -> np.ndarray:
         """Trains the policy itself on `sequences` and returns the loss of every optimiser step, in nats per token.
 
         With `config.weights` "full" all weights are replaced, else an adapter is trained and merged; the arrays that were `params` before
-        stay as they are. `resume`, `save` and `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves
-        anything to predict.
+        stay as they are. `resume`, `save`, `checkpoint_every` and `save_now` are those of `SftEngine.tune`. Raises `SealError` where no
+        sequence leaves anything to predict.
         """
         tokens = self.tokenise(TrainingSet(tuple(sequences)))
         if not tokens:
             raise SealError(f"{what}: none of the {len(sequences)} sequences has a token to predict within {self.max_length} tokens")
-        tuned = self._sft(config, tokens, key, what, resume=resume, save=save, checkpoint_every=checkpoint_every)
+        options = {"resume": resume, "save": save, "checkpoint_every": checkpoint_every, "save_now": save_now}
+        tuned = self._sft(config, tokens, key, what, **options)
         if config.weights == "full":
             self.params = _rounded(self.params, tuned.weights)
         else:
