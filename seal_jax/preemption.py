@@ -1,9 +1,9 @@
 """Notices to end: SIGTERM, which clouds and schedulers send before they take a machine away, and ends of the run's other processes.
 
 The main thread is told by an exception, so that it ends as after Ctrl-C; where it trains a model that can be saved, it is left to come to
-the end of a step. It may not answer: Python runs no handler while XLA compiles, or waits for a device. So a thread of ours, which the
-kernel's signals reach through a pipe, ends the process if the main thread has not ended in time. Results are safe at any moment (see
-`seal_jax.runs.store`), so that this costs no more than the work in hand.
+the end of a step. It may not answer: Python runs no handler while C code works or waits, for a device or another process, or, in some
+versions, for XLA's compiler. So a thread of ours, which the kernel's signals reach through a pipe, ends the process if the main thread has
+not ended in time. Results are safe at any moment (see `seal_jax.runs.store`), so that this costs no more than the work in hand.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -206,15 +207,18 @@ def alone() -> bool:
 
 
 def leave(code: int, text: str) -> None:
-    """The end of a command, code 0 for a good one. In a run of several processes, the others are told of a bad one, and the process ends
-    here: at a usual exit JAX waits for the others, which wait for this one."""
-    if _watch is None or _watch.peers is None:
+    """The end of a command, code 0 for a good one. In a run of several processes the others are told of a bad one, and the process ends
+    here: at a usual exit JAX waits for the others, which wait for this one. So it does after SIGTERM: a usual exit may wait for XLA."""
+    if _watch is None or (_watch.peers is None and (_watch.notice is None or not _watch.notice.saves)):
         return
     if code == 0:
-        _watch.peers.done()
-    else:
+        if _watch.peers is not None:
+            _watch.peers.done()
+        return
+    sys.stdout.flush()
+    if _watch.peers is not None:
         _watch.peers.leave(_watch.notice or Notice(code, text))
-        os._exit(code)
+    os._exit(code)
 
 
 @contextlib.contextmanager

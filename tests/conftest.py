@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 # In the environment, so that processes that tests start have it too; read when jax is imported.
@@ -204,7 +205,7 @@ def tiny_run(tmp_path_factory, write_config, quick_compile) -> pathlib.Path:
 
 CHILD = """
 import os, sys
-if {said!r} is not None:
+if {said!r}:
     os.dup2(os.open({said!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stderr = os.fdopen(2, "w", closefd=False)
 {before}
@@ -226,7 +227,7 @@ def start():
     running = []
 
     def run(*arguments, said=None, before=""):
-        code = CHILD.format(said=None if said is None else str(said), before=before, arguments=[str(a) for a in arguments])
+        code = CHILD.format(said=str(said or ""), before=before, arguments=[str(a) for a in arguments])
         process = context.Process(target=exec, args=(code, {}))
         running.append(process)
         with pytest.MonkeyPatch.context() as patch:  # the first start makes the server that all are forked from
@@ -238,6 +239,49 @@ def start():
     yield run
     for process in running:
         process.kill()
+
+
+PAUSE = """
+import time
+from seal_jax import progress
+def update(self, n=1, shown=progress._Lines.update):
+    shown(self, n)
+    if n and self.what.startswith({what!r}) and not os.path.exists({mark!r}):
+        open({mark!r}, "x").close()
+        time.sleep({seconds})
+progress._Lines.update = update
+"""
+
+
+@pytest.fixture(scope="session")
+def pause():
+    """`start(..., before=pause(what, mark))`: it leaves the file `mark` and stops a moment after the first units of a step `what...`."""
+    return lambda what, mark, seconds=1.0: PAUSE.format(what=what, mark=str(mark), seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def wait_for():
+    """`wait_for(path, process)`: until the file is there, which the process makes."""
+
+    def wait(path, process):
+        end = time.monotonic() + 200
+        while not path.exists():
+            assert process.is_alive() and time.monotonic() < end, f"{path} did not come"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def ended():
+    """`ended(process, within)`: the exit code of a process that ends within so many seconds."""
+
+    def wait(process, within=30.0):
+        process.join(within)
+        assert process.exitcode is not None, "still there"
+        return process.exitcode
+
+    return wait
 
 
 @pytest.fixture(scope="session")
