@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     with preemption.watched():
         code, text = _outcome(argv)
-        if text is not None:
-            print(text, file=sys.stderr, flush=True)
-        preemption.leave(code, (text or "ended with an error").removeprefix("seal-jax: "))
+        preemption.leave(code, text)
     return code
 
 

@@ -25,6 +25,7 @@ from seal_jax.parallel import peers
 from seal_jax.parallel.peers import Notice, Peers
 
 LIMIT = 20.0  # seconds from the notice to the end of a process whose main thread does not answer
+WAITING = 5.0  # the same where another process has ended: the main thread most likely waits for it, in vain
 SAVING = 600.0  # the same once it has begun to save; whoever takes the machine away may be faster
 LOOK = 0.5  # seconds between looks at the clock and the other processes
 GOES_ON = "nothing finished is lost, the same command goes on"
@@ -43,6 +44,7 @@ class _Watch:
         self.log: Callable[..., None] | None = None  # of the run's store, while one is open
         self.stepping = False  # the main thread trains something that `due` may stop
         self.saving = False  # `due` has stopped it
+        self.answered = False  # it has come to its end, and tells how
         self._lock = threading.Lock()
         self._steps, self._stop_at = 0, None
         self._since: float | None = None  # when the notice came
@@ -113,7 +115,8 @@ class _Watch:
             self._since = now
             # In a thread of its own: the next signal must be seen.
             threading.Thread(target=self._tell, args=(notice,), name="seal_jax notice", daemon=True).start()
-        if now - self._since > (SAVING if self.saving else LIMIT):
+        limit = SAVING if self.saving else LIMIT if self._signals or self.stepping else WAITING
+        if now - self._since > limit and not self.answered:
             self.end(notice, f"the main thread did not answer within {now - self._since:.0f} s")
 
     def _tell(self, notice: Notice) -> None:
@@ -206,9 +209,16 @@ def alone() -> bool:
     return _watch is None or _watch.peers is None
 
 
-def leave(code: int, text: str) -> None:
-    """The end of a command, code 0 for a good one. In a run of several processes the others are told of a bad one, and the process ends
-    here: at a usual exit JAX waits for the others, which wait for this one. So it does after SIGTERM: a usual exit may wait for XLA."""
+def leave(code: int, text: str | None) -> None:
+    """The end of a command, code 0 for a good one, and a line about it for standard error.
+
+    In a run of several processes the others are told of a bad one, and the process ends here: at a usual exit JAX waits for the others,
+    which wait for this one. So it does after SIGTERM, because a usual exit may wait for XLA.
+    """
+    if _watch is not None:
+        _watch.answered = True
+    if text is not None:
+        print(text, file=sys.stderr, flush=True)
     if _watch is None or (_watch.peers is None and (_watch.notice is None or not _watch.notice.saves)):
         return
     if code == 0:
@@ -217,7 +227,7 @@ def leave(code: int, text: str) -> None:
         return
     sys.stdout.flush()
     if _watch.peers is not None:
-        _watch.peers.leave(_watch.notice or Notice(code, text))
+        _watch.peers.leave(_watch.notice or Notice(code, (text or "ended with an error").strip().removeprefix("seal-jax: ")))
     os._exit(code)
 
 

@@ -87,6 +87,11 @@ class Peers:
 
     def leave(self, notice: Notice) -> None:
         """Before this process ends in the middle of the run: the others are told why."""
+        telling = threading.Thread(target=self._leave, args=(notice,), name="seal_jax leave", daemon=True)
+        telling.start()
+        telling.join(2 * LEAVING)  # the first process may have stalled, and then nothing can be told
+
+    def _leave(self, notice: Notice) -> None:
         self.post(notice)
         self._close("gone")
         end = time.monotonic() + LEAVING
