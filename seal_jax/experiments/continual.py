@@ -24,7 +24,7 @@ from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit, Key
-from seal_jax.runs import checkpoint, matrix
+from seal_jax.runs import checkpoint, matrix, track
 from seal_jax.runs.report import write_report
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
@@ -124,7 +124,8 @@ def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> d
     folder = store.folder / "adapters" / f"{number:03d}"
     done = processes.share(checkpoint.is_complete(folder))
     if not (store.has(unit) and done):
-        record = _learn(setting, lanes, held, number)
+        with track.group():
+            record = _learn(setting, lanes, held, number)
         held.save(folder, number, len(lanes), {"step": number})
         store.once(unit, lambda: record)  # after the checkpoint: with it, the step is done
     else:

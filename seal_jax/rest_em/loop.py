@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.policy import Policy
 from seal_jax.rest_em.select import Candidate, select
-from seal_jax.runs import checkpoint, files
+from seal_jax.runs import checkpoint, files, health, track
 from seal_jax.runs.report import write_report
 from seal_jax.runs.store import CONFIG, RunStore, existing
 from seal_jax.tasks.base import Context, Figure, Prompt, Task
@@ -42,8 +43,8 @@ ORIGIN = "origin"  # the unit that says whose policy an evaluation's folder is a
 
 @contextlib.contextmanager
 def open_run(config: RunConfig) -> Iterator[RunStore]:
-    """The run's folder, made or opened to go on; its log tells how the run ends."""
-    with RunStore.create_or_open(config.run_dir, config) as store, preemption.logged(store.log):
+    """The run's folder, made or opened to go on; its log tells how the run fares and ends."""
+    with RunStore.create_or_open(config.run_dir, config) as store, preemption.logged(store.log), track.tracked(store, config):
         yield store
 
 
@@ -157,10 +158,12 @@ def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Cont
     for number, start in enumerate(range(0, len(contexts), group)):
         part = contexts[start : start + group]
         what = f" ({unit.replace('/', ' ').replace('_', '-')} {start + 1}-{start + len(part)}/{len(contexts)})"
-        record = store.once(
-            f"{unit}/{number:03d}", lambda part=part, what=what: measure(stage.policy, stage.task, part, what=what, **options)
-        )
-        records += record["contexts"]
+
+        def measured(part: Sequence[Context] = part, what: str = what) -> dict[str, Any]:
+            with track.group():
+                return measure(stage.policy, stage.task, part, what=what, **options)
+
+        records += store.once(f"{unit}/{number:03d}", measured)["contexts"]
     return records
 
 
@@ -237,6 +240,15 @@ def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[st
     restore(policy, store, number)
 
 
+def curves(records: Sequence[dict[str, Any]], losses: Sequence[float | None]) -> dict[str, float | None]:
+    """What is drawn of a round: means over its contexts, and the M-step's first and last loss."""
+    rewards = [found for r in records if (found := [e["reward"] for e in r["edits"] if e["reward"] is not None])]
+    bare = [reward for r in records if (reward := r["methods"][NONE][0]["reward"]) is not None]
+    found = {"reward/mean": [statistics.mean(x) for x in rewards], "reward/best": [max(x) for x in rewards], "reward/unadapted": bare}
+    ends = {"loss/first": losses[0], "loss/last": losses[-1]} if losses else {}
+    return {**{name: statistics.mean(values) if values else None for name, values in found.items()}, **ends}
+
+
 def policy_name(rounds: int) -> str:
     """What the table calls the policy after `rounds` rounds."""
     return f"after {rounds} round{'s' if rounds > 1 else ''}" if rounds else "base"
@@ -261,8 +273,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         if config.evaluate.during_training:
             evaluations[policy_name(0)] = evaluate(stage, store, "before")
         for number in range(1, config.rest_em.rounds + 1):
-            records = e_step(stage, store, number, texts)
+            records, told = e_step(stage, store, number, texts), store.has(f"rounds/{number}/m_step")
             m_step(stage, store, number, records)
+            if not told:
+                health.tell("round", round=number, **curves(records, store.read(f"rounds/{number}/m_step")["losses"]))
             if processes.first():
                 write_report(store.folder)
         if config.evaluate.during_training and config.rest_em.rounds:
