@@ -19,13 +19,11 @@ from seal_jax.errors import SealError
 from seal_jax.experiments import continual_table
 from seal_jax.experiments.gate import Gate
 from seal_jax.fit.likelihood import Texts
-from seal_jax.parallel import processes
 from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit, Key
-from seal_jax.runs import checkpoint, matrix
-from seal_jax.runs.report import write_report
+from seal_jax.runs import matrix
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
 
@@ -82,8 +80,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         steps = []
         for number in range(config.continual.passages):
             steps.append(_step(setting, lanes, held, number))
-            if processes.first():
-                write_report(store.folder)
+            store.report()
         made = lambda: continual_table.table(start, steps, resamples=config.evaluate.resamples, seed=config.seed, beside=beside)  # noqa: E731
         return store.once("table", made)
 
@@ -120,17 +117,15 @@ def _trials(setting: Setting, items: Sequence[tuple[Context, tuple[str, ...]]]) 
 
 def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> dict[str, Any]:
     """Passage `number` of every lane: written about, learnt, perhaps held back by a gate, and all passages so far asked again."""
-    store, unit = setting.store, f"continual/steps/{number:03d}"
-    folder = store.folder / "adapters" / f"{number:03d}"
-    done = processes.share(checkpoint.is_complete(folder))
-    if not (store.has(unit) and done):
+    store, folder = setting.store, f"adapters/{number:03d}"
+
+    def learnt() -> dict[str, Any]:
         record = _learn(setting, lanes, held, number)
-        held.save(folder, number, len(lanes), {"step": number})
-        store.once(unit, lambda: record)  # after the checkpoint: with it, the step is done
-    else:
-        held.load(folder, number)
-    # Read back also where it was just made, so that going on equals not stopping.
-    record = store.read(unit)
+        store.save(folder, held.saved(number, len(lanes)), {"step": number})
+        return record
+
+    record = store.once(f"continual/steps/{number:03d}", learnt, beside=folder)
+    held.load(store.load(folder)[0], number)  # also where it was just made, so that going on equals not stopping
     for lane, told in zip(lanes, record["lanes"], strict=True):
         data = setting.stage.task.training_set(lane.contexts[number], told["edit"])
         lane.learnt.append(data.sequences if told["scale"] else ())

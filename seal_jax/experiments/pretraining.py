@@ -26,10 +26,7 @@ from seal_jax.rest_em import given, loop
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, Clock, record, trial
 from seal_jax.rest_em.policy import Policy
-from seal_jax.runs import checkpoint
-from seal_jax.runs.report import write_report
 from seal_jax.runs.store import RunStore
-from seal_jax.sft.engine import Saved
 from seal_jax.tasks.base import Context, Task, TrainingSet, TrainSequence
 
 EDITS = "passages + self-edits"
@@ -57,8 +54,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
             sizes[size] = store.once(unit, lambda size=size: _measure(stage, store, contexts[:size], texts, bare, base))["contexts"]
             for folder in (store.folder / "states").glob(f"{size:04d}_*") if processes.first() else ():
                 shutil.rmtree(folder)
-            if processes.first():
-                write_report(store.folder)
+            store.report()
         return store.once("table", lambda: summary(config, sizes, beside))
 
 
@@ -143,15 +139,9 @@ def _edited(texts: Sequence[str], sets: Sequence[TrainingSet], answered: dict[st
 
 def _train(stage: loop.Stage, store: RunStore, name: str, sequences: Sequence[TrainSequence], label: str) -> np.ndarray:
     """Trains the policy, from its last checkpoint if there is one, and returns its losses."""
-    c, folder = stage.policy.config.pretraining, store.folder / "states" / name
-
-    def save(state: Saved) -> None:
-        if processes.first():
-            checkpoint.save_adapters(folder, state, {"steps": len(state["losses"])})
-
-    state = None
-    if processes.share(checkpoint.is_complete(folder)):
-        state = processes.share_tree(checkpoint.load_adapters(folder)[0] if processes.first() else None)
+    c, folder = stage.policy.config.pretraining, f"states/{name}"
+    save = lambda state: store.save(folder, state, {"steps": len(state["losses"])})  # noqa: E731
+    state = store.load(folder)[0] if store.saved(folder) else None
     options = {"resume": state, "save": save, "checkpoint_every": c.checkpoint_every}
     return stage.policy.pretrain(sequences, ("pretraining", name), c.sft, f"training on {label}", **options)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +10,7 @@ import numpy as np
 
 from seal_jax.fit.engine import Fitted, adapter_shapes
 from seal_jax.parallel import mesh as mesh_lib
-from seal_jax.parallel import processes
 from seal_jax.rest_em.policy import Policy
-from seal_jax.runs import checkpoint
 
 
 class Held:
@@ -85,13 +82,11 @@ class Held:
         pick = lambda path, x: x[: self.lanes, ..., columns] if path[-1].key == "a" else x[: self.lanes, :, columns]  # noqa: E731
         return jax.tree_util.tree_map_with_path(pick, self._tree)
 
-    def save(self, folder: pathlib.Path, number: int, lanes: int, metadata: Mapping[str, Any]) -> None:
-        """Writes the edit `number` of the first `lanes` lanes as a checkpoint: the first process does."""
-        if processes.first():
-            checkpoint.save_adapters(folder, jax.tree.map(lambda x: x[:lanes], self.part(number)), metadata)
+    def saved(self, number: int, lanes: int) -> Any:
+        """The edit `number` of the first `lanes` lanes, to be kept as a checkpoint."""
+        return jax.tree.map(lambda x: x[:lanes], self.part(number))
 
-    def load(self, folder: pathlib.Path, number: int) -> None:
-        """Reads the lanes' edit `number` back, from a checkpoint of all lanes or of one that all are like. The first process reads."""
-        part = processes.share_tree(checkpoint.load_adapters(folder)[0] if processes.first() else None)
+    def load(self, part: Any, number: int) -> None:
+        """Takes the lanes' edit `number` from a checkpoint of all lanes, or of one that all are like."""
         part = jax.tree.map(lambda x: np.broadcast_to(x, (self.lanes, *x.shape[1:])), part)
         self.keep(number, part, [1.0] * self.lanes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import os
 import time
@@ -29,8 +28,7 @@ from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.policy import Policy
 from seal_jax.rest_em.select import Candidate, select
-from seal_jax.runs import checkpoint, files
-from seal_jax.runs.report import write_report
+from seal_jax.runs import checkpoint
 from seal_jax.runs.store import CONFIG, RunStore, existing
 from seal_jax.tasks.base import Context, Figure, Prompt, Task
 
@@ -111,11 +109,8 @@ def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = N
 def restore(policy: Policy, store: RunStore, number: int) -> None:
     """Merges the adapter of round `number` into the policy, if that round kept anything to learn from."""
     if store.read(f"rounds/{number}/m_step")["pairs"]:
-        lora, scale = None, None
-        if processes.first():
-            lora, metadata = checkpoint.load_adapters(store.folder / "policy" / str(number))
-            scale = metadata["alpha"] / metadata["rank"]
-        policy.merge(lora, processes.share(scale))
+        lora, metadata = store.load(f"policy/{number}")
+        policy.merge(lora, metadata["alpha"] / metadata["rank"])
 
 
 def rounds_done(store: RunStore) -> int:
@@ -150,15 +145,14 @@ def take(contexts: Sequence[Context], count: int, offset: int) -> list[Context]:
 
 def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Context], group: int, **options: Any) -> list[dict[str, Any]]:
     """`measure` for all contexts, a group at a time, each a unit of the store. Returns the contexts' records."""
-    records = []
-    for number, start in enumerate(range(0, len(contexts), group)):
-        part = contexts[start : start + group]
+    parts = {f"{unit}/{number:03d}": start for number, start in enumerate(range(0, len(contexts), group))}
+
+    def compute(name: str) -> dict[str, Any]:
+        part = contexts[(start := parts[name]) : start + group]
         what = f" ({unit.replace('/', ' ').replace('_', '-')} {start + 1}-{start + len(part)}/{len(contexts)})"
-        record = store.once(
-            f"{unit}/{number:03d}", lambda part=part, what=what: measure(stage.policy, stage.task, part, what=what, **options)
-        )
-        records += record["contexts"]
-    return records
+        return measure(stage.policy, stage.task, part, what=what, **options)
+
+    return [record for found in store.each(list(parts), compute) for record in found["contexts"]]
 
 
 def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -> list[dict[str, Any]]:
@@ -211,25 +205,23 @@ def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, An
 
 def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[str, Any]]) -> None:
     """Round `number`: trains the policy on the kept self-edits and merges; from the round's checkpoint where there is one."""
-    policy, task = stage.policy, stage.task
-    folder = store.folder / "policy" / str(number)
+    policy, task, unit = stage.policy, stage.task, f"rounds/{number}/m_step"
     kept = store.once(f"rounds/{number}/selection", lambda: choose(policy.config, records))["kept"]
-    if not kept:
-        store.once(f"rounds/{number}/m_step", lambda: {"pairs": 0, "steps": 0, "losses": []})
-        return
-    # The unit is written after the checkpoint: with it, the round is done.
-    done = processes.share(checkpoint.is_complete(folder))
-    if not (store.has(f"rounds/{number}/m_step") and done):
+
+    def tune() -> dict[str, Any]:
         contexts, start = {c.id: c for c in stage.contexts["train"]}, time.monotonic()
         texts = {(r["id"], e["candidate"]): e["text"] for r in records for e in r["edits"]}
         pairs = [(task.edit_prompt(contexts[k["context"]]), texts[k["context"], k["candidate"]].strip()) for k in kept]
-        tuned = policy.tune(pairs, ("round", number, "m_step"))
-        losses = tuned.losses.tolist()
+        tuned, m = policy.tune(pairs, ("round", number, "m_step")), policy.config.m_step.lora
         seconds = round(time.monotonic() - start, 3)
-        m = policy.config.m_step.lora
-        if processes.first():
-            checkpoint.save_adapters(folder, tuned.weights, {"round": number, "rank": m.rank, "alpha": m.alpha})
-        store.once(f"rounds/{number}/m_step", lambda: {"pairs": len(pairs), "steps": len(losses), "losses": losses, "seconds": seconds})
+        store.save(f"policy/{number}", tuned.weights, {"round": number, "rank": m.rank, "alpha": m.alpha})
+        losses = tuned.losses.tolist()
+        return {"pairs": len(pairs), "steps": len(losses), "losses": losses, "seconds": seconds}
+
+    if kept:
+        store.once(unit, tune, beside=f"policy/{number}")
+    else:
+        store.once(unit, lambda: {"pairs": 0, "steps": 0, "losses": []})
     # Read back also where it was just made, so that going on equals not stopping.
     restore(policy, store, number)
 
@@ -260,16 +252,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         for number in range(1, config.rest_em.rounds + 1):
             records = e_step(stage, store, number, texts)
             m_step(stage, store, number, records)
-            if processes.first():
-                write_report(store.folder)
+            store.report()
         if config.evaluate.during_training and config.rest_em.rounds:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:
             return {"rows": [], "notes": []}
-        table = files.dump(summary(config, evaluations, given.figures(config, stage.task)))
-        if processes.first():
-            files.write_atomic(store.folder / "table.json", table)  # over what `evaluate` may have left there, which has less
-        return json.loads(table)
+        start = time.monotonic()
+        table = summary(config, evaluations, given.figures(config, stage.task))
+        return store.keep("table", table, time.monotonic() - start)  # over what `evaluate` may have left there, which has less
 
 
 def refuse_evaluation(store: RunStore, what: str) -> None:

@@ -17,7 +17,7 @@ from seal_jax import rng
 from seal_jax.config import FitConfig, RunConfig, SftConfig
 from seal_jax.errors import SealError
 from seal_jax.fit import likelihood, memory
-from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, adapter_shapes, collection, total_steps
+from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, collection, total_steps
 from seal_jax.fit.plan import padded_length
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
@@ -276,12 +276,5 @@ class Policy:
             return engine.tune(self.params, sequences, key, seed=self.config.seed, progress=progress.update, **options)
 
     def merge(self, lora: Any, scale: float) -> None:
-        """Merges an adapter (host arrays without a leading axis of edits) into the weights; `scale` is its alpha / rank.
-
-        In a run of several processes the first one's adapter counts; the others need none.
-        """
-        m = self.config.m_step.lora
-        if not processes.first():
-            lora = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter_shapes(self.decoder.spec, m.rank, tuple(m.targets)))
-        lora = mesh_lib.put(processes.share_arrays(lora), mesh_lib.everywhere(self.mesh))
-        self.params = _merge(self.params, lora, scale)
+        """Merges an adapter (host arrays without a leading axis of edits) into the weights; `scale` is its alpha / rank."""
+        self.params = _merge(self.params, mesh_lib.put(lora, mesh_lib.everywhere(self.mesh)), scale)

@@ -18,10 +18,8 @@ from seal_jax.config import RetentionConfig, RunConfig
 from seal_jax.errors import SealError
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
-from seal_jax.parallel import processes
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.policy import Edit, Policy
-from seal_jax.runs import checkpoint
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, Score, Task, TrainingSet
 
@@ -61,17 +59,17 @@ def check(config: RunConfig, contexts: int) -> None:
 def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Context], texts: Texts) -> Memory:
     """Teaches the policy `contexts` for round `number`, or reads back what it was taught. Their self-edits are its own, one each."""
     policy, held, unit = stage.policy, None, f"rounds/{number}/memory"
-    folder = store.folder / "memory" / str(number)
     if contexts:
         # Each shard fits the same adapter for itself, from the same draws.
         held = Held(policy, mesh_lib.shards(policy.mesh), 1)
-        done = processes.share(checkpoint.is_complete(folder))
-        if store.has(unit) and done:
-            held.load(folder, 0)
-        else:
-            taught = _teach(policy, stage.task, contexts, ("round", number, "memory"), held)
-            held.save(folder, 0, 1, {"round": number, "contexts": [c.id for c in contexts]})
-            store.once(f"{unit}_edits", lambda: taught)
+
+        def taught() -> dict[str, Any]:
+            told = _teach(policy, stage.task, contexts, ("round", number, "memory"), held)
+            store.save(f"memory/{number}", held.saved(0, 1), {"round": number, "contexts": [c.id for c in contexts]})
+            return told
+
+        store.once(f"{unit}_edits", taught, beside=f"memory/{number}")
+        held.load(store.load(f"memory/{number}")[0], 0)
 
     def measured() -> dict[str, Any]:
         adapters = None if held is None else held.placed()

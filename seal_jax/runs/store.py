@@ -31,8 +31,8 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType, TracebackType
 from typing import Any
 
 from seal_jax import __version__
@@ -158,26 +158,38 @@ class RunStore:
         assert self._events is not None, "writing needs a store from create_or_open()"
         self._events.append(event, **fields)
 
-    def once(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def once(self, name: str, compute: Callable[[], dict[str, Any]], beside: str | None = None) -> dict[str, Any]:
         """The result of the unit `name` ("rounds/1/e_step/000"): read if there, else computed and written.
 
         The result is JSON data and comes back as read from the file in both cases, so that going on equals not stopping; NaN comes back
-        as None. A damaged file is set aside as `<name>.json.damaged` and the unit computed anew. Raises `SealError` if it cannot be
-        written; what `compute` raises passes through.
+        as None. A damaged file is set aside as `<name>.json.damaged` and the unit computed anew. `beside` names the checkpoint that
+        `compute` saves as well, if it does: a unit is there with its checkpoint only. Raises `SealError` if it cannot be written; what
+        `compute` raises passes through.
         """
-        path = self._path(name)
-        found = self._ask(lambda: self._find(path))
-        if found is not None:
+        if (found := self.find(name, beside)) is not None:
             self.log("unit_reused", unit=name)
             return found
         start = time.monotonic()
         result = compute()
+        return self.keep(name, result, time.monotonic() - start)
+
+    def each(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+        """The results of the units `names`, which do not need each other: `once` for all, in whatever order suits."""
+        return [self.once(name, functools.partial(compute, name)) for name in names]
+
+    def find(self, name: str, beside: str | None = None) -> dict[str, Any] | None:
+        """The result of the unit, if it is there whole, with its checkpoint."""
+        if beside is not None and not self.saved(beside):
+            return None
+        return self._ask(lambda: self._find(self._path(name)))
+
+    def keep(self, name: str, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Writes the result of the unit, in place of an earlier one, and returns it as it is read back. `seconds`: what it took."""
         if not isinstance(result, dict):
             raise TypeError(f"unit {name}: expected a dict, computed {type(result).__name__}")
-        seconds = time.monotonic() - start
         data = files.dump(result)
         if not self._shared or processes.first():
-            files.write_atomic(path, data)
+            files.write_atomic(self._path(name), data)
         self.log("unit_done", unit=name, seconds=round(seconds, 3), bytes=len(data))
         return json.loads(data)
 
@@ -223,6 +235,32 @@ class RunStore:
 
     def _name(self, path: pathlib.Path) -> str:
         return path.relative_to(self.folder).as_posix().removesuffix(".json")
+
+    def save(self, folder: str, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Writes `tree` (nested dicts of arrays) and `metadata` (JSON data) as the checkpoint `folder` ("policy/1") of the run.
+
+        The first process does. Raises `SealError` if it cannot be written.
+        """
+        if not self._shared or processes.first():
+            _checkpoint().save_adapters(self.folder / folder, tree, metadata)
+
+    def saved(self, folder: str) -> bool:
+        """Whether the checkpoint `folder` is there whole."""
+        return self._ask(lambda: _checkpoint().is_complete(self.folder / folder))
+
+    def load(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The tree (numpy arrays) and the metadata of the checkpoint `folder`, on every process. Raises `SealError` without one."""
+        if not self._shared:
+            return _checkpoint().load_adapters(self.folder / folder)
+        tree, metadata = _checkpoint().load_adapters(self.folder / folder) if processes.first() else (None, None)
+        return processes.share_tree(tree), processes.share(metadata)
+
+    def report(self) -> None:
+        """Writes the report of what there is: the first process does."""
+        from seal_jax.runs.report import write_report  # which reads stores
+
+        if not self._shared or processes.first():
+            write_report(self.folder)
 
     def close(self) -> None:
         """Closes the log and unlocks the folder."""
@@ -277,6 +315,13 @@ def read_unit(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise Damaged(f"{path}: damaged, not a JSON object; continue the run to have it computed anew")
     return data
+
+
+def _checkpoint() -> ModuleType:
+    """The module of checkpoints: imported where it is used, since a command's first line must not wait for orbax."""
+    from seal_jax.runs import checkpoint
+
+    return checkpoint
 
 
 def existing(folder: str | os.PathLike[str]) -> RunStore:
