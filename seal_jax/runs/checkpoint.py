@@ -3,8 +3,8 @@
 A checkpoint is a folder that any orbax `PyTreeCheckpointer` restores, with one file more, `manifest.json`: the metadata, and the size and
 digest of each other file. Orbax reports a damaged file in many ways, some of them from its own threads; the manifest tells first.
 
-In an object store, where nothing can be renamed, orbax's files are in a folder of their own beside the manifest, which names it under "data":
-so the one object that is written last changes the old checkpoint into the new one. They travel by way of a folder of this machine.
+In an object store, where nothing can be renamed, orbax's files are in a folder of their own beside the manifest, which names it under
+"data": so the one object that is written last changes the old checkpoint into the new one. They travel by way of a folder of this machine.
 """
 
 from __future__ import annotations

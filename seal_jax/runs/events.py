@@ -17,10 +17,11 @@ import os
 import pathlib
 import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from seal_jax.runs import files
-from seal_jax.runs.places import ObjectPath, Place, place
+from seal_jax.runs.places import ObjectPath, place
 
 EVERY = 10.0  # seconds between copies to a store, while there is something new
 
@@ -61,10 +62,14 @@ class EventLog:
 
 
 class UploadedEventLog(EventLog):
-    """An `EventLog` whose file is an object of a store. What cannot be copied is tried again; `close` raises `SealError` if it still cannot."""
+    """An `EventLog` whose file is an object of a store.
 
-    def __init__(self, path: ObjectPath):
-        self.target = path
+    What cannot be copied is tried again; `close` raises `SealError` if it still cannot.
+    `mine` says whether the run is still this process's: once it is not, nothing more is copied.
+    """
+
+    def __init__(self, path: ObjectPath, mine: Callable[[], bool] = lambda: True):
+        self.target, self._mine = path, mine
         self._folder = tempfile.TemporaryDirectory(prefix="seal_jax-")
         local = pathlib.Path(self._folder.name) / path.name
         with files.faults(path), contextlib.suppress(FileNotFoundError):
@@ -82,7 +87,7 @@ class UploadedEventLog(EventLog):
 
     def _send(self) -> None:
         data = self.path.read_bytes()
-        if len(data) > self._sent:
+        if len(data) > self._sent and self._mine():
             self.target.write_bytes(data)
             self._sent = len(data)
 
@@ -94,11 +99,6 @@ class UploadedEventLog(EventLog):
         self._thread.join()
         with self._folder, files.faults(self.target):
             self._send()
-
-
-def open_log(path: Place) -> EventLog:
-    """The event log at `path`, to append to."""
-    return UploadedEventLog(path) if isinstance(path, ObjectPath) else EventLog(path)
 
 
 class WarningEvents(logging.Handler):

@@ -107,6 +107,20 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(file)
 
 
+@contextlib.contextmanager
+def staged(folder: Place) -> Iterator[pathlib.Path]:
+    """A folder of this machine to write files into, which are at `folder` after the block."""
+    if isinstance(folder, pathlib.Path):
+        yield folder
+        return
+    with places.scratch() as here:
+        yield here / folder.name
+        with faults(folder):
+            for path in sorted((here / folder.name).rglob("*")):
+                if path.is_file():
+                    places.upload(path, folder / path.relative_to(here / folder.name).as_posix())
+
+
 def remove_tree(folder: Place) -> None:
     """Removes the folder with all that is in it, if it is there."""
     with faults(folder):

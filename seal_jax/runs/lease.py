@@ -1,4 +1,4 @@
-"""The lock of a run in an object store, where there are no locks: an object that says who works on the run, and is renewed while that lives.
+"""The lock of a run in an object store, which has none: an object that says who works on the run, renewed while that process lives.
 
 A lease that was not renewed for a while is free to be taken, and so is one of this machine whose process has ended. Limits:
 
@@ -31,7 +31,11 @@ SETTLE = 2.0  # seconds after which one who has written over a lease looks wheth
 
 
 class Held(Exception):
-    """Another process has the lease; the message says which."""
+    """Another process has the lease: the message says which. `left`: seconds until it runs out, if it is not renewed."""
+
+    def __init__(self, found: dict[str, Any] | None):
+        super().__init__(_owner(found or {}))
+        self.left = max(0.0, STALE - (time.time() - found["time"])) if found else STALE
 
 
 class Lease:
@@ -43,7 +47,7 @@ class Lease:
         self._own |= {"machine": _machine(), "born": _born(os.getpid())}
         self._guard = threading.Lock()
         self._renewed = 0.0
-        self._lost = ""  # who took it
+        self.lost = ""  # who took it
         with files.faults(path):
             self._take()
         self._ended = threading.Event()
@@ -53,20 +57,20 @@ class Lease:
     def _take(self) -> None:
         found = _read(self.path)
         if found is not None and not _free(found):
-            raise Held(_owner(found))
+            raise Held(found)
         if found is None:
             try:
                 self._write(exclusive=True)
                 return
             except FileExistsError:
-                raise Held(_owner(_read(self.path) or {})) from None
+                raise Held(_read(self.path)) from None
             except OSError:  # a store that cannot tell; a fault is met again
                 pass
         self._write()
         time.sleep(SETTLE)
         now = _read(self.path)
         if now is None or now.get("token") != self._own["token"]:
-            raise Held(_owner(now or {}))
+            raise Held(now)
 
     def _write(self, exclusive: bool = False) -> None:
         now = time.time()
@@ -77,8 +81,8 @@ class Lease:
         with self._guard:
             found = _read(self.path)
             if found is not None and found.get("token") != self._own["token"]:
-                self._lost = _owner(found)
-            if not self._lost:
+                self.lost = _owner(found)
+            if not self.lost:
                 self._write()
 
     def _renew_now_and_then(self) -> None:
@@ -91,8 +95,8 @@ class Lease:
         if time.time() - self._renewed > STALE / 2:
             with files.faults(self.path):
                 self._renew()
-        if self._lost:
-            raise SealError(f"{self.path.parent}: taken over by another process ({self._lost}) while this one did not answer; this one stops")
+        if self.lost:
+            raise SealError(f"{self.path.parent}: taken over by another process ({self.lost}), since this one was not heard of for long")
 
     def close(self) -> None:
         """Gives the lease back."""

@@ -145,6 +145,11 @@ class ObjectPath:
         objects = {pathlib.PurePosixPath(name.strip("/")): info for name, info in found.items() if not name.endswith("/")}
         return {str(name.relative_to(self._path)): int(info["size"]) for name, info in objects.items() if name != self._path}
 
+    def glob(self, pattern: str) -> Iterator[ObjectPath]:
+        """What is directly under the name and fits the pattern, in order."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from sorted(path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
     def rglob(self, pattern: str) -> Iterator[ObjectPath]:
         """The objects under the name, however deep, whose last part fits the pattern."""
         for name in sorted(self.sizes()):
