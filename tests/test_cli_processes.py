@@ -1,5 +1,6 @@
 """The command line in processes of its own: what it writes where, and runs that are killed and go on."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import pytest
 from seal_jax import cli
 from seal_jax.runs import checkpoint
 from seal_jax.runs.events import read_events
+from seal_jax.runs.places import place
 
 # The command without torch, as on a user's machine; importing it takes seconds.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from seal_jax.cli import main; sys.exit(main())"]
@@ -76,8 +78,10 @@ def test_bad_input_to_the_real_command(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(request):
     """`start(...)` runs a command in a process of its own, forked from one that has imported what is slow to import."""
+    with contextlib.suppress(pytest.skip.Exception):
+        request.getfixturevalue("bucket")  # first, since the processes have the environment of now
     context = multiprocessing.get_context("forkserver")
     slow = ["seal_jax.rest_em.loop", "seal_jax.runs.report", "transformers.models.auto.tokenization_auto"]
     context.set_forkserver_preload([*slow, "transformers.models.llama.configuration_llama"])
@@ -103,7 +107,7 @@ def same_run(units, folder, unbroken):
     assert units(folder) == units(unbroken)
     for path in unbroken.rglob("*.json"):
         if path.name in ("table.json", "selection.json"):
-            assert (folder / path.relative_to(unbroken)).read_bytes() == path.read_bytes()
+            assert (folder / path.relative_to(unbroken).as_posix()).read_bytes() == path.read_bytes()
     for number in (1, 2):
         trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
         for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
@@ -138,6 +142,26 @@ def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config,
     same_run(units, folder, tiny_run)
     started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
     assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
+
+
+def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, bucket, tiny_config, tiny_run, tmp_path, units):
+    """Killed in the middle of a round, and while a checkpoint is uploaded."""
+    folder = place(f"{bucket}{tmp_path}/run")
+    for moment in ("rounds/1/e_step/000.json", "policy/1"):
+        process = start("train", tiny_config, f"run_dir={folder}")
+        end = time.monotonic() + 200
+        while not (folder / moment).exists():
+            assert process.is_alive() and time.monotonic() < end, f"{moment} did not come"
+            time.sleep(0.05)
+        process.kill()
+        process.join()
+        assert (folder / "lock").exists(), "killed while it worked"
+    process = start("train", folder)
+    process.join(200)
+    assert process.exitcode == 0
+    same_run(units, folder, tiny_run)
+    assert not (folder / "lock").exists()
+    assert "after 2 rounds" in (folder / "report.html").read_text() and "finished" in (folder / "report.html").read_text()
 
 
 def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):

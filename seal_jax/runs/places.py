@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fnmatch
 import functools
+import logging
 import mimetypes
 import os
 import pathlib
@@ -190,6 +191,8 @@ def place(given: str | os.PathLike[str] | ObjectPath) -> Place:
 @functools.cache
 def _store(scheme: str) -> Any:
     """The one fsspec file system of the scheme; all threads may use it."""
+    for name in ("fsspec", "gcsfs", "s3fs", "aiobotocore"):  # they also log what they raise, as tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         import fsspec
 
@@ -216,7 +219,7 @@ def _reason(error: Exception, path: ObjectPath | None) -> tuple[int, str]:
             return number, os.strerror(number)
     if isinstance(error, PermissionError) or text.startswith("Forbidden") or getattr(error, "code", None) in (401, 403):
         return errno.EACCES, f"permission denied by the store: {text}" if text else "permission denied by the store"
-    return getattr(error, "errno", None) or errno.EIO, text or type(error).__name__
+    return errno.EIO, text or type(error).__name__
 
 
 def upload(source: pathlib.Path, target: ObjectPath) -> None:
