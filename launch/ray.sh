@@ -6,6 +6,7 @@
 #   launch/ray.sh --through launcher --name NAME --tpu v6e:4x4 --zone ZONE --project PROJECT [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the Ray cluster, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  the slice, as for `seal-jax plan --topology`
 # --cluster C      KubeRay: the GKE cluster, with Ray's add-on; --location WHERE: its region or zone; --project PROJECT: if not gcloud's own
 # --image IMAGE    KubeRay: an image with seal-jax and Ray, as `launch/image.sh --ray` makes it
@@ -89,7 +90,7 @@ else
   made=yes
   run ray up --yes "$file"
 fi
-if [ -d "runs/$name" ]; then
+if earlier; then
   run tar -czf "$files.before.tgz" -C runs "$name"
   to_head "$files.before.tgz" /tmp/before.tgz
   on_head "mkdir -p $place/runs && tar -xzf /tmp/before.tgz -C $place/runs"
@@ -97,7 +98,7 @@ fi
 [ -z "$env_file" ] || to_head "$env_file" /tmp/seal.env
 
 job="cd $place && $python launch/ray_hosts.py --hosts $hosts --resource TPU=$host_chips ${env_file:+--env-file /tmp/seal.env }\
---folder runs/$name -- $(quoted "${command[@]:1}")"
+--folder $folder -- $(quoted "${command[@]:1}")"
 on_head "cd $place && $ray job submit $address --submission-id=$name --no-wait -- bash -c $(quoted "$job")"
 begin_sync
 # The command of `poll` has to be one that is run; so here the two ways differ once more.
