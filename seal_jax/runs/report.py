@@ -21,7 +21,7 @@ import yaml
 
 from seal_jax import tasks
 from seal_jax.errors import SealError
-from seal_jax.runs import charts, continual_view, files, store, table
+from seal_jax.runs import charts, continual_view, files, lock, store, table
 from seal_jax.runs.events import read_events
 from seal_jax.runs.places import Place
 from seal_jax.tasks.base import View
@@ -196,7 +196,7 @@ def _status(folder: Place, events: Sequence[Mapping[str, Any]], has_table: bool)
         return "stopped", f"stopped: {last.get('error', '')}"
     if last or has_table:
         return "finished", "finished"
-    if store.in_use(folder):
+    if lock.in_use(folder):
         return "running", "running"
     return "stopped", "not finished; continue it with the command that made it and this folder"
 

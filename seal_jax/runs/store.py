@@ -20,8 +20,6 @@ In a run of several processes the first one has the folder; the others learn fro
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import fnmatch
 import functools
 import importlib.metadata
@@ -42,11 +40,13 @@ from seal_jax import __version__
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
-from seal_jax.runs import files, lease, places
+from seal_jax.runs import files, places
 from seal_jax.runs.events import EventLog, UploadedEventLog, WarningEvents
+from seal_jax.runs.lease import Lease
+from seal_jax.runs.lock import LOCK, FolderLock, acquire
 from seal_jax.runs.places import ObjectPath, Place
 
-CONFIG, VERSIONS, EVENTS, LOCK = "config.yaml", "versions.json", "events.jsonl", "lock"
+CONFIG, VERSIONS, EVENTS = "config.yaml", "versions.json", "events.jsonl"
 CHECKPOINTS = ("policy/", "memory/", "adapters/", "states/", "models/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
@@ -72,8 +72,7 @@ class RunStore:
         self._shared = False  # whether all processes of the run read through the first
         self._events: EventLog | None = None  # None: reads only
         self._warnings: WarningEvents | None = None
-        self._lock = -1
-        self._lease: lease.Lease | None = None  # in an object store, instead of the lock
+        self._lock: FolderLock | Lease | None = None
 
     @classmethod
     def create_or_open(cls, folder: str | os.PathLike[str] | ObjectPath, config: config_lib.RunConfig) -> RunStore:
@@ -99,7 +98,7 @@ class RunStore:
         _is_run(self.folder)  # before the lock file is made: a folder that is no run stays as it is
         with files.faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        lockable = self._acquire()
+        self._lock = lock = acquire(self.folder)
         try:
             existed = _is_run(self.folder)
             # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
@@ -115,11 +114,12 @@ class RunStore:
                 files.write_atomic(self.folder / VERSIONS, files.dump(now))
             if changed or not existed:  # last: with it the folder is a run
                 files.write_atomic(self.folder / CONFIG, config_lib.to_yaml(config).encode())
-            self._events = self._open_log(self.folder / EVENTS)
+            path = self.folder / EVENTS
+            self._events = UploadedEventLog(path, lambda: not lock.lost) if isinstance(path, ObjectPath) else EventLog(path)
             self._warnings = WarningEvents(self._events)
             logging.getLogger("seal_jax").addHandler(self._warnings)
             self.log("opened" if existed else "created", seal_jax=__version__, pid=os.getpid(), host=socket.gethostname())
-            if not lockable:
+            if isinstance(lock, FolderLock) and not lock.works:
                 self.log("unlocked", reason="the file system has no locks; see that one process works on this run at a time")
             if changed:
                 self.log("config_changed", changes=changed)
@@ -128,49 +128,6 @@ class RunStore:
         except BaseException:
             self.close()
             raise
-
-    def _open_log(self, path: Place) -> EventLog:
-        if isinstance(path, pathlib.Path):
-            return EventLog(path)
-        return UploadedEventLog(path, mine=lambda: self._lease is not None and not self._lease.lost)
-
-    def _acquire(self) -> bool:
-        """Locks the folder; the kernel unlocks it when the process ends, however it ends. False: the file system knows no locks."""
-        if isinstance(self.folder, ObjectPath):
-            try:
-                self._lease = lease.Lease(self.folder / LOCK)
-            except lease.Held as error:
-                raise SealError(
-                    f"{self.folder}: in use by another process ({error}); wait for its end or stop it, then try again "
-                    f"(if it was killed: {error.left:.0f} s from now)"
-                ) from None
-            return True
-        with files.faults(self.folder / LOCK):
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            for tries in range(10, -1, -1):  # half a second: `in_use` takes the lock for a moment, and a killed process is slow to die
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not tries:
-                        raise
-                    time.sleep(0.05)
-        except BlockingIOError:
-            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
-            self.close()
-            raise SealError(
-                f"{self.folder}: in use by another process{f' ({owner})' if owner else ''}; wait for its end or stop it, then try again"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                self.close()
-                raise SealError(f"{self.folder / LOCK}: cannot lock: {error.strerror}") from None
-            return False
-        with files.faults(self.folder / LOCK):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return True
 
     def log(self, event: str, /, **fields: Any) -> None:
         """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""
@@ -217,8 +174,8 @@ class RunStore:
 
     def _check(self) -> None:
         """Raises `SealError` if the run is no more this process's to write. A lock cannot be lost, a lease can."""
-        if self._lease is not None:
-            self._lease.check()
+        if self._lock is not None:
+            self._lock.check()
 
     def _find(self, path: Place) -> dict[str, Any] | None:
         try:
@@ -300,12 +257,9 @@ class RunStore:
             if events is not None:
                 events.close()
         finally:
-            if self._lock >= 0:
-                os.close(self._lock)
-                self._lock = -1
-            if self._lease is not None:
-                self._lease.close()
-                self._lease = None
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def __enter__(self) -> RunStore:
         return self
@@ -369,21 +323,6 @@ def existing(folder: str | os.PathLike[str] | ObjectPath) -> RunStore:
         if not there:
             raise SealError(f"{found.folder}: not a run folder (no {name} in it); give the folder that `seal-jax train` made")
     return found
-
-
-def in_use(folder: str | os.PathLike[str] | ObjectPath) -> bool:
-    """Whether some process, this one included, works on the run in `folder`."""
-    lock = places.place(folder) / LOCK
-    if isinstance(lock, ObjectPath):
-        return lease.in_use(lock)
-    try:
-        with open(lock, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _is_run(folder: Place) -> bool:

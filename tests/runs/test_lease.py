@@ -137,7 +137,7 @@ def test_a_run_whose_lease_is_lost_writes_no_more(tmp_path, monkeypatch):
             run._events._send()
             held(folder / "lock")
             run.once("b", lambda: {})  # the lease was renewed just now, as far as is known here
-            monkeypatch.setattr(run._lease, "_renewed", time.time() - lease.STALE)  # after minutes of sleep
+            monkeypatch.setattr(run._lock, "_renewed", time.time() - lease.STALE)  # after minutes of sleep
             run.once("c", lambda: {})
     assert store.RunStore(folder).names() == ["a", "b"]
     assert "stopped" not in [e["event"] for e in read_events(folder / "events.jsonl")], "the log is the other's now"

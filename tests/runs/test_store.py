@@ -11,7 +11,7 @@ import yaml
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
-from seal_jax.runs import store
+from seal_jax.runs import lock, store
 from seal_jax.runs.events import read_events
 from seal_jax.runs.store import RunStore
 
@@ -222,17 +222,17 @@ sys.stdin.read()
 
 def test_one_process_at_a_time(folder):
     with RunStore.create_or_open(folder, make_config()):
-        assert store.in_use(folder)
+        assert lock.in_use(folder)
         with pytest.raises(SealError, match=rf"in use by another process \(process {os.getpid()} on .*\); wait for its end"):
             RunStore.create_or_open(folder, make_config())
-    assert not store.in_use(folder)
+    assert not lock.in_use(folder)
 
 
 def test_the_kernel_unlocks_what_a_killed_process_held(disk):
     RunStore.create_or_open(disk, make_config()).close()
     child = subprocess.Popen([sys.executable, "-c", HOLD, disk / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"held\n"
-    assert store.in_use(disk)
+    assert lock.in_use(disk)
     with pytest.raises(SealError, match="in use by another process"):
         RunStore.create_or_open(disk, make_config())
     child.kill()
@@ -285,7 +285,7 @@ KILL = """
 import hashlib, os, pathlib, random, signal, sys, time
 from seal_jax import config
 from seal_jax.parallel import processes
-from seal_jax.runs import store
+from seal_jax.runs import lock, store
 # No accelerator in forked children, and no JAX, whose import would outlive most of them.
 store.versions, processes.first, processes.share = dict, lambda: True, lambda value: value
 folder, made = pathlib.Path(sys.argv[1]), config.build({"name": "test", "task": {"name": "knowledge"}})
