@@ -5,9 +5,12 @@
 #   launch/ray.sh --through kuberay --name NAME --tpu v6e:4x4 --cluster C --location WHERE --image IMAGE [FLAG...] -- train CONFIG [...]
 #   launch/ray.sh --through launcher --name NAME --tpu v6e:4x4 --zone ZONE --project PROJECT [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
+# With --slices N the run's groups are dealt out over N such slices (executor.name=ray): train and evaluate.
+#
 # --name NAME      of the Ray cluster, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
 # --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  the slice, as for `seal-jax plan --topology`
+# --slices N       how many of them (1)
 # --cluster C      KubeRay: the GKE cluster, with Ray's add-on; --location WHERE: its region or zone; --project PROJECT: if not gcloud's own
 # --image IMAGE    KubeRay: an image with seal-jax and Ray, as `launch/image.sh --ray` makes it
 # --zone ZONE      launcher: a zone that has the slice, in --project PROJECT
@@ -23,10 +26,11 @@ source "$(dirname "$0")/common.sh"
 # shellcheck source=launch/slices.sh
 source launch/slices.sh
 
-tpu='' cluster='' location='' zone='' project='' image='' spot=no through='' head=''
+tpu='' cluster='' location='' zone='' project='' image='' spot=no through='' head='' slices=1
 while [ $# -gt 0 ]; do
   case $1 in
     --tpu) tpu=$(value "$@"); shift 2 ;;
+    --slices) slices=$(value "$@"); shift 2 ;;
     --cluster) cluster=$(value "$@"); shift 2 ;;
     --location) location=$(value "$@"); shift 2 ;;
     --zone) zone=$(value "$@"); shift 2 ;;
@@ -42,6 +46,10 @@ done
 check "$@"
 [ -n "$tpu" ] || fail "--tpu is needed; see --help"
 slice "$tpu"
+number --slices "$slices"
+if [ "$slices" -gt 1 ]; then
+  case $1 in train | evaluate) ;; *) fail "--slices $slices: $1 runs on one slice; train and evaluate run on several" ;; esac
+fi
 files=build/launch/$name
 file=$files.ray.yaml
 
@@ -72,19 +80,19 @@ fetch() {
   run mkdir -p runs && on_head "cd $place && $(pack /tmp/run.tgz)" && from_head /tmp/run.tgz "$files.run.tgz" && unpack "$files.run.tgz"
 }
 
-note "$hosts hosts of $host_chips chips"
+note "$slices slices of $hosts hosts of $host_chips chips"
 run mkdir -p build/launch
 if [ "$through" = kuberay ]; then
   run gcloud container clusters get-credentials "$cluster" "--location=$location" ${project:+"--project=$project"}
   absent "the RayCluster $name" kubectl get raycluster "$name"
   [ "$spot" = no ] && spot='' || spot=true
-  manifest=$(render raycluster.yaml "HOSTS=$hosts" "CHIPS=$host_chips" "LABEL=$label" "TOPOLOGY=$topology" "SPOT=$spot" "IMAGE=$image")
+  manifest=$(render raycluster.yaml "SLICES=$slices" "HOSTS=$hosts" "CHIPS=$host_chips" "LABEL=$label" "TOPOLOGY=$topology" "SPOT=$spot" "IMAGE=$image")
   made=yes
   run_with_input "$manifest" kubectl create -f -
   poll 15 ready failed kubectl get raycluster "$name" -o 'jsonpath={.status.state}'
   capture head kubectl get pods "--selector=ray.io/cluster=$name,ray.io/node-type=head" -o 'jsonpath={.items[0].metadata.name}'
 else
-  write "$file" "$(render ray_launcher.yaml "ACCELERATOR=$accelerator" "CHIPS=$host_chips" "RUNTIME=$runtime" "SPOT=$spot" \
+  write "$file" "$(render ray_launcher.yaml "SLICES=$slices" "ACCELERATOR=$accelerator" "CHIPS=$host_chips" "RUNTIME=$runtime" "SPOT=$spot" \
     "REGION=${zone%-*}" "ZONE=$zone" "PROJECT=$project" "INSTALL=$(install_line tpu)")"
   absent "the Ray cluster $name" ray get-head-ip "$file"
   made=yes
@@ -97,8 +105,13 @@ if earlier; then
 fi
 [ -z "$env_file" ] || to_head "$env_file" /tmp/seal.env
 
-job="cd $place && $python launch/ray_hosts.py --hosts $hosts --resource TPU=$host_chips ${env_file:+--env-file /tmp/seal.env }\
+if [ "$slices" -gt 1 ]; then
+  job="cd $place && ${env_file:+set -a && . /tmp/seal.env && set +a && }\
+$python -m seal_jax.cli $(quoted "${command[@]:1}" executor.name=ray "executor.workers=$slices" "executor.slice=$tpu")"
+else
+  job="cd $place && $python launch/ray_hosts.py --hosts $hosts --resource TPU=$host_chips ${env_file:+--env-file /tmp/seal.env }\
 --folder $folder -- $(quoted "${command[@]:1}")"
+fi
 on_head "cd $place && $ray job submit $address --submission-id=$name --no-wait -- bash -c $(quoted "$job")"
 begin_sync
 # The command of `poll` has to be one that is run; so here the two ways differ once more.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from seal_jax import __version__, config
+from seal_jax import __version__, config, logs
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.runs.files import reason
@@ -20,9 +19,7 @@ from seal_jax.runs.places import Place, place
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code. Faults of the user's input are one line on standard error and code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for noisy in ("absl", "orbax", "jax", "httpx", "openai"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logs.setup()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
@@ -144,7 +141,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings, run, chosen = _config(arguments)
     if run is not None and chosen:
         raise SealError(f"run_dir={settings.run_dir}: the run in {run} goes on where it is; leave run_dir out, or give a config")
-    _start(f"seal-jax train: {settings.name}, run folder {settings.run_dir}")
+    _start("train", settings, f"run folder {settings.run_dir}")
     from seal_jax.rest_em import loop
 
     _finish(settings.run_dir, loop.train(settings))
@@ -185,13 +182,13 @@ def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, P
             trained = run
             if not chosen:
                 settings = dataclasses.replace(settings, run_dir=f"{run.resolve() if run.name in ('', '..') else run}-{command}")
-    _start(f"seal-jax {command}: {settings.name}, run folder {settings.run_dir}")
+    _start(command, settings, f"run folder {settings.run_dir}")
     return settings, trained
 
 
 def generate(arguments: argparse.Namespace) -> None:
     settings, run, _ = _config(arguments)
-    _start(f"seal-jax generate: {settings.name}, {arguments.limit} contexts of {arguments.split}")
+    _start("generate", settings, f"{arguments.limit} contexts of {arguments.split}")
     from seal_jax.parallel import processes
     from seal_jax.rest_em import loop
 
@@ -234,10 +231,17 @@ def report(arguments: argparse.Namespace) -> None:
     print(write_report(arguments.run_folder))
 
 
-def _start(text: str) -> None:
+def _start(command: str, settings: RunConfig, what: str) -> None:
     """Says what the command does, as soon as it is known, and joins the other processes of the run, if it has any."""
     if os.environ.get("JAX_PROCESS_ID", "0") == "0":
-        _say(text)
+        _say(f"seal-jax {command}: {settings.name}, {what}")
+    if settings.executor.name == "ray":  # others do the work: this process takes no accelerator from them
+        if command not in ("train", "evaluate"):
+            raise SealError(f"executor.name=ray: train and evaluate run by workers, {command} does not; set executor.name=local")
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        return
     from seal_jax.parallel import processes
 
     processes.start()

@@ -223,6 +223,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class ExecutorConfig:
+    """Who does the work of a run: this process (with its like on other hosts of the slice), or workers on the machines of a Ray cluster.
+
+    A worker is a slice: each holds the policy, and computes the groups that no other has taken.
+    """
+
+    name: str = "local"  # "local", or "ray" (needs the extra `ray`)
+    workers: int = 1  # ray: how many, each with what follows
+    hosts: int = 1  # ray: processes of a worker, one a host; they share one mesh
+    slice: str | None = None  # ray: a TPU slice for each worker, say v6e:4x4; its hosts and chips are then known
+    cpus: float = 1.0  # ray: of each process
+    gpus: float = 0.0  # ray: of each process
+    tpus: float = 0.0  # ray: chips of each process
+    timeout: float | None = 3600.0  # ray: seconds for a group or an M-step; a worker that takes longer is taken for lost; null: never
+    retries: int = 3  # ray: workers that may be lost over the same group
+
+
+@dataclasses.dataclass
 class RunConfig:
     name: str = "run"  # what the run is called
     seed: int = 0  # of every random draw
@@ -239,6 +257,7 @@ class RunConfig:
     pretraining: PretrainingConfig = dataclasses.field(default_factory=PretrainingConfig)
     grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    executor: ExecutorConfig = dataclasses.field(default_factory=ExecutorConfig)
 
 
 def task_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from seal_jax.errors import SealError
@@ -19,6 +20,7 @@ CHOICES = {
     "pretraining.sft.schedule": ("constant", "linear", "cosine"),
     "m_step.schedule": ("constant", "linear", "cosine"),
     "rest_em.select": ("best", "top", "gain", "right"),
+    "executor.name": ("local", "ray"),
     "grade.name": ("match", "judge", "endpoint"),
 }
 GATES = ("none", "answers", "bits", "kl")
@@ -79,6 +81,12 @@ AT_LEAST = {
     "pretraining.sft.max_grad_norm": 0.0,
     "pretraining.sft.batch_size": 1,
     "pretraining.sft.microbatch": 1,
+    "executor.workers": 1,
+    "executor.hosts": 1,
+    "executor.cpus": 0.0,
+    "executor.gpus": 0.0,
+    "executor.tpus": 0.0,
+    "executor.retries": 0,
     "grade.concurrency": 1,
     "grade.retries": 0,
     "seed": 0,
@@ -105,6 +113,10 @@ def check(config: RunConfig, where: str) -> None:
             raise SealError(f"{where}: {key}={value}: expected a number above 0 and at most 1")
     if config.fit.max_steps is not None and config.fit.max_steps < 1:
         raise SealError(f"{where}: fit.max_steps={config.fit.max_steps}: expected at least 1, or null for no bound")
+    if config.executor.timeout is not None and not config.executor.timeout > 0:
+        raise SealError(f"{where}: executor.timeout={config.executor.timeout}: expected a number of seconds above 0, or null for never")
+    if config.executor.slice is not None and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", config.executor.slice):
+        raise SealError(f"{where}: executor.slice={config.executor.slice!r}: expected a generation and a shape, say v6e:4x4")
     if not config.grade.timeout > 0:
         raise SealError(f"{where}: grade.timeout={config.grade.timeout}: expected a number of seconds above 0")
     if sorted(set(config.fit.lengths)) != list(config.fit.lengths) or config.fit.lengths[:1] < [1]:

@@ -43,13 +43,26 @@ def imported() -> dict[str, str]:
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"seal_jax"}}
 
 
+def at_import() -> set[str]:
+    """The top-level modules that are imported with a module of the package, not by a function in it."""
+    found = set()
+    for path in (ROOT / "seal_jax").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found |= {name.split(".")[0] for name in [*names, *([node.module] if isinstance(node, ast.ImportFrom) else [])]}
+    return found
+
+
 def test_what_is_imported_is_required_and_nothing_else(given):
     distributions = importlib.metadata.packages_distributions()
     required = {canonical(r) for r in given["install_requires"]}
-    providers = {name: {canonical(d) for d in distributions[name]} for name in imported()}
-    optional = {canonical(r) for r in given["extras_require"]["remote"]}  # asked for by name where it is missing
-    missing = {name: imported()[name] for name, who in providers.items() if not who & (required | optional)}
+    extras = {canonical(r) for name, more in given["extras_require"].items() if not name.startswith(("test", "dev")) for r in more}
+    modules = {name: path for name, path in imported().items() if name in distributions or name in at_import()}
+    providers = {name: {canonical(d) for d in distributions[name]} for name in modules}
+    missing = {name: modules[name] for name, who in providers.items() if not who & (required | extras)}
     assert not missing, missing
+    eager = {name for name, who in providers.items() if not who & required} & at_import()
+    assert not eager, f"from an extra, so to be imported where it is used: {eager}"
     unused = required - set().union(*providers.values())
     assert not unused, unused
 

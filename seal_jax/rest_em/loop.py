@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seal_jax import config as config_lib
 from seal_jax import tasks
@@ -31,6 +31,9 @@ from seal_jax.rest_em.select import Candidate, select
 from seal_jax.runs import checkpoint
 from seal_jax.runs.store import CONFIG, RunStore, existing
 from seal_jax.tasks.base import Context, Figure, Prompt, Task
+
+if TYPE_CHECKING:
+    from seal_jax.fleet.store import WorkerStore
 
 log = logging.getLogger(__name__)
 
@@ -238,9 +241,16 @@ def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]],
     return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, **options)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """The whole run; returns its table. Continues a run folder of the same configuration."""
-    with open_run(config) as store:
+def train(config: RunConfig, store: RunStore | WorkerStore | None = None) -> dict[str, Any]:
+    """The whole run; returns its table. Continues a run folder of the same configuration.
+
+    `store`: where results are read and kept, for one of several workers; None: in the config's run folder, which is opened here.
+    """
+    if store is None and config.executor.name == "ray":
+        from seal_jax.fleet import ray_run
+
+        return ray_run.run(config, "train")
+    with store or open_run(config) as store:
         refuse_evaluation(store, "train")
         claim(store, "train")
         texts = general.texts(config.rest_em.retention.texts) if retention.wanted(config.rest_em.retention) else []
@@ -301,9 +311,18 @@ def stage_of(
     return build(config, splits, source, now["rounds"], edits), now["rounds"]
 
 
-def evaluate_only(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """The evaluation table of the configured model as it is, or of the policy of the run `trained` after its last finished round."""
-    with open_run(config) as store:
+def evaluate_only(
+    config: RunConfig, trained: str | os.PathLike[str] | None = None, store: RunStore | WorkerStore | None = None
+) -> dict[str, Any]:
+    """The evaluation table of the configured model as it is, or of the policy of the run `trained` after its last finished round.
+
+    `store`: as in `train`.
+    """
+    if store is None and config.executor.name == "ray":
+        from seal_jax.fleet import ray_run
+
+        return ray_run.run(config, "evaluate", None if trained is None else str(trained))
+    with store or open_run(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")
         # `train` leaves the latter in its own folder, with a table that has these rows too.

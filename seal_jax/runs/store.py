@@ -56,6 +56,7 @@ FREE_KEYS = (
     *("name", "run_dir"),
     *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
     *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
+    "executor.*",
     *("m_step.microbatch", "m_step.row_length"),
     *("pretraining.sft.microbatch", "pretraining.sft.row_length", "pretraining.checkpoint_every"),
 )

@@ -314,6 +314,14 @@ def test_ray_clusters(checkout):
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert made["spec"]["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
 
+    several = checkout("kuberay", "--dry-run", "--slices", "3")
+    (text,) = checkout.documents(several.out)
+    (group,) = yaml.safe_load(text)["spec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"], group["numOfHosts"]) == (3, 3, 3, 2)
+    (submit,) = [line for line in several.out if "job submit" in line]
+    assert "seal_jax.cli train configs/squad.yaml" in submit and "ray_hosts" not in submit
+    assert "executor.name=ray executor.workers=3 executor.slice=v4:2x2x2" in submit
+
     (text,) = checkout.documents(checkout("launcher", "--dry-run").out)
     made = yaml.safe_load(text)
     assert made["provider"] == {"type": "gcp", "region": "us-east5", "availability_zone": "us-east5-b", "project_id": "mine"}
@@ -365,6 +373,10 @@ BAD = {
     "which does not serve tpu7x; use kuberay": ("ray.sh --through launcher --tpu tpu7x:2x2x1", None),
     "--through xpk wants --node-zone": ("gke.sh --tpu tpu7x:2x2x1 --cluster a --location b --image c --through xpk", None),
     "--through is needed": ("ray.sh --tpu v6e:2x2", None),
+    "--slices 2: continual runs on one slice": (
+        "ray.sh --through launcher --tpu v6e:2x2 --slices 2",
+        ["continual", "configs/squad.yaml"],
+    ),
     "either --tpu or --gpus": ("sky.sh", None),
     "--zone wants a value": ("tpu_vm.sh --zone", []),
     "--time wants a value": ("slurm.sh --time", []),

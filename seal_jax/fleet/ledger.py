@@ -1,0 +1,97 @@
+"""Who computes which unit of a run. Host code; knows neither JAX nor Ray.
+
+Every worker of a run does the same program (`rest_em.loop.train`, say) and asks here before it computes a unit. The first that asks gets
+the unit to compute; the others are told to wait, or given another unit of the same group. A unit counts once: its result is taken from
+the worker that holds the claim, and from nobody else. When a worker is lost, its claim is free again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from seal_jax.runs.store import RunStore
+
+
+@dataclasses.dataclass
+class Claim:
+    """A unit that a worker computes."""
+
+    worker: str
+    since: float  # of the clock
+
+
+class Ledger:
+    """The claims of a run whose results are in `store`. `clock`: seconds that only go up."""
+
+    def __init__(self, store: RunStore, clock: Callable[[], float] = time.monotonic):
+        self.store, self._clock = store, clock
+        self._claims: dict[str, Claim] = {}
+        self._whole: set[str] = set()  # units that were found or kept: not read again at each question
+        self._said: set[str] = set()
+        self.losses: collections.Counter[str] = collections.Counter()  # by unit: workers that were lost over it
+
+    def claim(self, worker: str, names: Sequence[str], beside: str | None = None) -> dict[str, Any]:
+        """One of the units for `worker` to compute, {"compute": name}; {} if it has to wait for others; {"whole": True} if all are there.
+
+        `beside`: the checkpoint that belongs to them, see `RunStore.once`.
+        """
+        open_units = [name for name in names if name not in self._whole]
+        for name in open_units:
+            if name in self._claims:
+                continue
+            if self.store.find(name, beside) is not None:
+                self._whole.add(name)
+                self.store.log("unit_reused", unit=name)
+                continue
+            self._claims[name] = Claim(worker, self._clock())
+            self.store.log("unit_claimed", unit=name, worker=worker)
+            return {"compute": name}
+        return {} if any(name not in self._whole for name in open_units) else {"whole": True}
+
+    def keep(self, worker: str, name: str, result: dict[str, Any], seconds: float) -> bool:
+        """Writes the result of a unit that `worker` claimed. False: the claim is another's by now, and this result counts for nothing."""
+        claim = self._claims.get(name)
+        if claim is None or claim.worker != worker:
+            self.store.log("result_refused", unit=name, worker=worker)
+            return False
+        self.store.keep(name, result, seconds)
+        del self._claims[name]
+        self._whole.add(name)
+        return True
+
+    def save(self, worker: str, name: str, folder: str, tree: Any, metadata: dict[str, Any]) -> bool:
+        """Writes a checkpoint for the unit `name`, which `worker` claimed. False, as in `keep`."""
+        claim = self._claims.get(name)
+        if claim is None or claim.worker != worker:
+            return False
+        self.store.save(folder, tree, metadata)
+        return True
+
+    def release(self, worker: str, reason: str) -> list[str]:
+        """Frees the claims of a lost worker; the units' names."""
+        lost = [name for name, claim in self._claims.items() if claim.worker == worker]
+        for name in lost:
+            del self._claims[name]
+            self.losses[name] += 1
+        self.store.log("worker_lost", worker=worker, units=lost, reason=reason)
+        return lost
+
+    def overdue(self, seconds: float) -> list[str]:
+        """The workers that have had a unit for longer than that."""
+        now = self._clock()
+        return sorted({claim.worker for claim in self._claims.values() if now - claim.since > seconds})
+
+    def waiting(self) -> int:
+        """Claims that are open."""
+        return len(self._claims)
+
+    def log(self, event: str, fields: dict[str, Any]) -> None:
+        """An event of a worker. What all of them say alike (items that were skipped, a warning) stands in the log once."""
+        said = repr((event, sorted(fields.items(), key=lambda item: item[0])))
+        if event not in ("skipped", "warning") or said not in self._said:
+            self._said.add(said)
+            self.store.log(event, **fields)

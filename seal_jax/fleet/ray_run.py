@@ -1,0 +1,328 @@
+"""A run by workers on the machines of a Ray cluster: one worker a slice, each a process a host, each holding the policy.
+
+    driver    starts the office and the workers, starts lost ones anew, and ends with the first that has the table
+    office    an actor without accelerators on the driver's machine: it has the run folder and the ledger
+    worker    actors that run the same program as a run of one machine does, and ask the office what to compute
+
+Ray places them, and tells when one is lost. What a lost worker had claimed is free for the others, and a new one reads what is there.
+Within a worker of several hosts, JAX's processes find each other as they do without Ray (`parallel.processes`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+import sys
+import time
+from typing import Any
+
+from seal_jax.config import ExecutorConfig, RunConfig
+from seal_jax.errors import SealError
+from seal_jax.fleet.ledger import Ledger
+from seal_jax.fleet.store import WorkerStore
+
+POLL = 1.0  # seconds between looks at stalled workers
+TELL = 60.0  # seconds between lines about resources that are waited for
+# Of the driver's environment, which workers need too, and the office for a run folder in S3.
+KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL")
+KEYS += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+VERSIONS = {"v5e": "v5litepod", "tpu7x": "v7x"}  # generations by Ray's names, where these differ
+
+
+def run(config: RunConfig, command: str, trained: str | None = None) -> dict[str, Any]:
+    """`rest_em.loop.train` or, of the run `trained`, `evaluate_only` by workers; returns the table.
+
+    Joins the cluster that RAY_ADDRESS or Ray's own files name, or starts one on this machine. Raises `SealError` as those do, or if a unit
+    has been lost with its worker more than `executor.retries` times.
+    """
+    ray = _ray()
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(configure_logging=False, log_to_driver=True, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise SealError(f"executor.name=ray: no Ray cluster: {_line(error)}") from None
+    try:
+        return _Driver(ray, config, command, trained).run()
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise SealError('executor.name=ray needs Ray: pip install "seal_jax[ray]"') from None
+    return ray
+
+
+def _keys() -> dict[str, str]:
+    return {key: os.environ[key] for key in KEYS if key in os.environ}
+
+
+def _line(error: BaseException) -> str:
+    """An error on one line, without Ray's account of where it came from."""
+    cause = getattr(error, "cause", None) or error
+    text = " ".join(str(cause).split())
+    return (text if isinstance(cause, SealError) else f"{type(cause).__name__}: {text}")[:500]
+
+
+# --- on the machines ------------------------------------------------------------------------------------------------
+
+
+class Office:
+    """The run folder and its ledger, as an actor."""
+
+    def __init__(self, root: str):
+        _enter(root)
+
+    def open(self, config: RunConfig) -> None:
+        """Makes the run folder, or opens it to go on."""
+        from seal_jax.runs.store import RunStore
+
+        self.store = RunStore.create_or_open(config.run_dir, config)
+        self.ledger = Ledger(self.store)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """A question of a worker: the method of the ledger or, what it does not know of, of the store."""
+        if method == "replace":
+            name, result, seconds = arguments
+            return self.store.keep(name, result, seconds) and None
+        return getattr(self.ledger if hasattr(Ledger, method) else self.store, method)(*arguments)
+
+    def losses(self, units: list[str]) -> int:
+        """The most workers that any of the units has cost."""
+        return max((self.ledger.losses[name] for name in units), default=0)
+
+    def close(self, error: str | None) -> None:
+        """The end of the run, or its stop."""
+        self.store.log(*(("finished",) if error is None else ("stopped",)), **({} if error is None else {"error": error}))
+        self.store.close()
+
+
+class Worker:
+    """A process of a worker, as an actor."""
+
+    def __init__(self, name: str, root: str):
+        _enter(root)
+        self.name = name
+
+    def address(self) -> str:
+        """host:port for a coordinator here."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
+
+    def run(self, config: RunConfig, command: str, trained: str | None, office: Any, environment: dict[str, str]) -> dict[str, Any]:
+        """The whole program; its table."""
+        import ray
+
+        os.environ.update(environment)
+        from seal_jax.parallel import processes
+
+        processes.start()
+        from seal_jax.rest_em import loop
+        from seal_jax.runs.store import versions
+
+        def ask(method: str, *arguments: Any) -> Any:
+            try:
+                return ray.get(office.ask.remote(method, *arguments))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+
+        store = WorkerStore(self.name, config.run_dir, ask)
+        store.log("worker_started", worker=self.name, pid=os.getpid(), host=socket.gethostname(), **versions())
+        return loop.train(config, store) if command == "train" else loop.evaluate_only(config, trained, store)
+
+
+def _enter(root: str) -> None:
+    """Relative paths of a config mean the same as where the command was given, if there is such a folder here."""
+    from seal_jax import logs
+
+    logs.setup()
+    if os.path.isdir(root):
+        os.chdir(root)
+
+
+# --- the driver -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Slice:
+    """A worker as the driver sees it: its place in the cluster, then its processes."""
+
+    number: int
+    life: int = 0  # how often it was started anew
+    barren: int = 0  # lives in a row that ended without a claim
+    reserved: Any = None  # its TPU slice, if it wants one
+    group: Any = None  # its placement group
+    ready: Any = None  # the reference that tells when that is there
+    actors: list[Any] = dataclasses.field(default_factory=list)
+    runs: list[Any] = dataclasses.field(default_factory=list)  # references of their ends
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}.{self.life}"
+
+
+class _Driver:
+    def __init__(self, ray: Any, config: RunConfig, command: str, trained: str | None):
+        self.ray, self.config, self.job = ray, config, (command, trained)
+        self.executor: ExecutorConfig = config.executor
+        self.slices = [_Slice(i) for i in range(self.executor.workers)]
+        self.told = self.looked = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
+        environment = {"env_vars": {**_keys(), "JAX_PLATFORMS": "cpu"}}  # it must not take an accelerator from a worker
+        options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment, "max_concurrency": 1}
+        self.office = self.ray.remote(Office).options(**options).remote(os.getcwd())
+        try:
+            self._call(self.office.open.remote(self.config))
+            for part in self.slices:
+                self._place(part)
+            table = self._watch()
+            self._call(self.office.close.remote(None))
+            return table
+        except BaseException as error:
+            self._stop(error)
+            raise
+        finally:
+            for part in self.slices:
+                self._clear(part)
+            self.ray.kill(self.office)
+
+    def _stop(self, error: BaseException) -> None:
+        with contextlib.suppress(Exception):  # the office is what failed, or does not answer: the first error is the one to read
+            self.ray.get(self.office.close.remote(_line(error) if str(error) else type(error).__name__), timeout=20)
+
+    def _call(self, reference: Any) -> Any:
+        """What an actor returns; its own `SealError` comes as itself."""
+        try:
+            return self.ray.get(reference)
+        except self.ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except self.ray.exceptions.RayActorError as error:
+            raise SealError(
+                f"{self.config.run_dir}: the process that has the run folder was lost: {_line(error)}; the same command goes on"
+            ) from None
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return self._call(self.office.ask.remote(method, *arguments))
+
+    # --- a worker's life --------------------------------------------------------------------------------------------
+
+    def _place(self, part: _Slice) -> None:
+        """Asks Ray for a place. Where a slice is wanted and there is none now, the worker stays without one, and `_look` asks again."""
+        e = self.executor
+        if e.slice is not None:
+            from ray.util.tpu import slice_placement_group
+
+            version, _, topology = e.slice.partition(":")
+            try:
+                part.reserved = slice_placement_group(topology=topology, accelerator_version=VERSIONS.get(version, version))
+            except ValueError as error:
+                raise SealError(f"executor.slice={e.slice}: {_line(error)}") from None
+            except (TimeoutError, RuntimeError):
+                return
+            part.group = part.reserved.placement_group
+        else:
+            from ray.util.placement_group import placement_group
+
+            own = {"CPU": e.cpus, "GPU": e.gpus, "TPU": e.tpus}
+            part.group = placement_group([{kind: amount for kind, amount in own.items() if amount}] * e.hosts, strategy="SPREAD")
+        part.ready = part.group.ready()
+
+    def _launch(self, part: _Slice) -> None:
+        """Starts the worker's processes where Ray has made place."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        part.ready = None
+        for number, bundle in enumerate(part.group.bundle_specs):
+            place = PlacementGroupSchedulingStrategy(part.group, placement_group_bundle_index=number)
+            more = {kind: amount for kind, amount in bundle.items() if kind not in ("CPU", "GPU")}
+            options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": more}
+            actor = self.ray.remote(Worker).options(scheduling_strategy=place, max_restarts=0, **options)
+            part.actors.append(actor.remote(part.name, os.getcwd()))
+        count, keys = len(part.actors), _keys()
+        environments = [keys] * count
+        tpus = any("TPU" in bundle for bundle in part.group.bundle_specs)
+        if count > 1 and not tpus:  # the hosts of a TPU slice know each other
+            shared = {**keys, "JAX_COORDINATOR_ADDRESS": self.ray.get(part.actors[0].address.remote()), "JAX_NUM_PROCESSES": str(count)}
+            environments = [{**shared, "JAX_PROCESS_ID": str(number)} for number in range(count)]
+        part.runs = [
+            actor.run.remote(self.config, *self.job, self.office, own) for actor, own in zip(part.actors, environments, strict=True)
+        ]
+
+    def _clear(self, part: _Slice) -> None:
+        """Ends the worker's processes and gives its place back."""
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in part.actors:
+            self.ray.kill(actor)
+        if part.reserved is not None:
+            part.reserved.shutdown()
+        elif part.group is not None:
+            remove_placement_group(part.group)
+        part.actors, part.runs, part.group, part.ready, part.reserved = [], [], None, None, None
+
+    def _lost(self, part: _Slice, reason: str) -> None:
+        """A worker's end before the run's: another takes its place, unless that has not helped so far."""
+        self._clear(part)
+        units = self._ask("release", part.name, reason)
+        print(f"seal-jax: worker {part.name} was lost: {reason}", file=sys.stderr, flush=True)
+        if (losses := self._call(self.office.losses.remote(units))) > self.executor.retries:
+            raise SealError(
+                f"{units[0]}: {losses} workers were lost over it, the last: {reason}; nothing finished is lost, the same command goes on"
+            )
+        part.barren = 0 if units else part.barren + 1
+        if part.barren > self.executor.retries:
+            self.slices.remove(part)
+            if not self.slices:
+                raise SealError(f"no worker starts, after {part.barren} tries each; the last: {reason}")
+            return
+        part.life += 1
+        self._place(part)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> dict[str, Any]:
+        """Until a worker has the table."""
+        while True:
+            waited = {reference: part for part in self.slices for reference in ([part.ready] if part.ready is not None else part.runs)}
+            done = self.ray.wait(list(waited), num_returns=1, timeout=POLL)[0] if waited else time.sleep(POLL) or []
+            for reference in done:
+                part = waited[reference]
+                if reference is part.ready:
+                    self._launch(part)
+                    continue
+                try:
+                    return self.ray.get(reference)
+                except self.ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, SealError):
+                        raise error.cause from None
+                    self._lost(part, _line(error))
+                except self.ray.exceptions.RayError as error:
+                    self._lost(part, _line(error))
+            self._look()
+
+    def _look(self) -> None:
+        """At workers that do nothing any more, and at those that Ray has no place for."""
+        now = time.monotonic()
+        if now - self.looked >= POLL:
+            self.looked = now
+            late = self._ask("overdue", self.executor.timeout) if self.executor.timeout is not None else []
+            for part in [part for part in self.slices if part.name in late]:
+                self._lost(part, f"stalled: no result in {self.executor.timeout:g} s (executor.timeout)")
+        if now - self.told >= TELL and (idle := [part for part in self.slices if not part.runs]):
+            self.told = now
+            for part in [part for part in idle if part.group is None]:
+                self._place(part)
+            have = {kind: amount for kind, amount in self.ray.cluster_resources().items() if kind in ("CPU", "GPU", "TPU")}
+            print(f"seal-jax: waiting for Ray to place {len(idle)} of the workers; the cluster has {have}", file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""The run folder as a worker sees it: through the ledger, which is somewhere else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+from seal_jax.parallel import processes
+from seal_jax.runs.events import WarningEvents
+
+WAIT = 0.5  # seconds between questions for a unit that another worker has
+
+
+class Office(Protocol):
+    """What a worker asks: a `Ledger` with the store behind it, by name of the method."""
+
+    def __call__(self, method: str, *arguments: Any) -> Any: ...
+
+
+class Lost(Exception):
+    """Another worker has the unit now: this one was taken for lost. What it computed counts for nothing."""
+
+
+class WorkerStore:
+    """`runs.store.RunStore` for the worker `name`, all of whose processes call it alike; the first one asks.
+
+    Results are equal to a run's of one process, since a unit is a function of the configuration and of earlier units.
+    """
+
+    def __init__(self, name: str, folder: str, ask: Office, pause: Callable[[float], None] = time.sleep):
+        self.name, self.folder = name, folder
+        self._ask, self._pause = ask, pause
+        self._unit: str | None = None  # being computed
+        self._warnings = WarningEvents(self)  # type: ignore[arg-type]  # has append, as a log has
+
+    def _asked(self, method: str, *arguments: Any) -> Any:
+        """The ledger's answer (JSON data), on all processes of the worker."""
+        return processes.share(self._ask(method, *arguments) if processes.first() else None)
+
+    def once(self, name: str, compute: Callable[[], dict[str, Any]], beside: str | None = None) -> dict[str, Any]:
+        """As `RunStore.once`; if another worker computes the unit, its result is waited for."""
+        return self._all([name], lambda _: compute(), beside)[0]
+
+    def each(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+        """As `RunStore.each`, of which this worker computes what no other has."""
+        return self._all(names, compute, None)
+
+    def _all(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]], beside: str | None) -> list[dict[str, Any]]:
+        while not (told := self._asked("claim", self.name, list(names), beside)).get("whole"):
+            if "compute" not in told:
+                self._pause(WAIT)
+                continue
+            self._unit, start = told["compute"], time.monotonic()
+            result = compute(self._unit)
+            if not self._asked("keep", self.name, self._unit, result if processes.first() else None, time.monotonic() - start):
+                raise Lost(self._unit)
+            self._unit = None
+        return [self.read(name) for name in names]
+
+    def keep(self, name: str, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Writes a unit in place of an earlier one: the worker that comes first does, all have the same."""
+        self._asked("replace", name, result if processes.first() else None, seconds)
+        return self.read(name)
+
+    def read(self, name: str) -> dict[str, Any]:
+        return self._asked("read", name)
+
+    def has(self, name: str) -> bool:
+        return self._asked("has", name)
+
+    def names(self, prefix: str = "") -> list[str]:
+        return self._asked("names", prefix)
+
+    def save(self, folder: str, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """As `RunStore.save`, for the unit that is being computed."""
+        if not processes.share(self._ask("save", self.name, self._unit, folder, dict(tree), dict(metadata)) if processes.first() else None):
+            raise Lost(self._unit)
+
+    def saved(self, folder: str) -> bool:
+        return self._asked("saved", folder)
+
+    def load(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As `RunStore.load`."""
+        tree, metadata = self._ask("load", folder) if processes.first() else (None, None)
+        return processes.share_tree(tree), processes.share(metadata)
+
+    def log(self, event: str, /, **fields: Any) -> None:
+        if processes.first():
+            self._ask("log", event, fields)
+
+    append = log
+
+    def report(self) -> None:
+        if processes.first():
+            self._ask("report")
+
+    def __enter__(self) -> WorkerStore:
+        logging.getLogger("seal_jax").addHandler(self._warnings)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        logging.getLogger("seal_jax").removeHandler(self._warnings)
