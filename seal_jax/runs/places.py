@@ -25,7 +25,8 @@ from typing import Any
 
 from seal_jax.errors import SealError
 
-CONTENT_TYPE = {"gs": "content_type", "s3": "ContentType", "memory": None}  # schemes, and their argument for the type of an object
+# Schemes, and their argument for the type of an object. "memory" ends with the process: for trials.
+CONTENT_TYPE = {"gs": "content_type", "s3": "ContentType", "memory": None}
 LOGIN = {
     "gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS",
     "s3": "run `aws configure`, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",

@@ -92,18 +92,22 @@ def test_an_error_of_compute_passes_and_leaves_no_file(folder):
         run.once("odd", lambda: [1])
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"a": ', b"[1]", b"\xff\x00"])
-def test_a_damaged_unit_is_set_aside_and_computed_anew(folder, damage):
+def test_a_damaged_unit_is_set_aside_and_computed_anew(folder):
+    damages = {f"evaluate/before/{i:03d}": data for i, data in enumerate((b"", b'{"a": ', b"[1]", b"\xff\x00"))}
     with RunStore.create_or_open(folder, make_config()) as run:
-        run.once("evaluate/before/000", lambda: {"a": 1})
-    (folder / "evaluate/before/000.json").write_bytes(damage)
-    with pytest.raises(SealError, match=r"000\.json: damaged, not .*computed anew"):
-        RunStore(folder).read("evaluate/before/000")
+        for name in damages:
+            run.once(name, lambda: {"a": 1})
+    for name, data in damages.items():
+        (folder / f"{name}.json").write_bytes(data)
+        with pytest.raises(SealError, match=r"00\d\.json: damaged, not .*computed anew"):
+            RunStore(folder).read(name)
     with RunStore.create_or_open(folder, make_config()) as run:
-        assert run.once("evaluate/before/000", lambda: {"a": 2}) == {"a": 2}
-        assert run.names() == ["evaluate/before/000"]
-    assert (folder / "evaluate/before/000.json.damaged").read_bytes() == damage
-    assert events(folder, "unit_damaged")[0]["unit"] == "evaluate/before/000"
+        for name in damages:
+            assert run.once(name, lambda: {"a": 2}) == {"a": 2}
+        assert run.names() == list(damages)
+    for name, data in damages.items():
+        assert (folder / f"{name}.json.damaged").read_bytes() == data
+    assert [e["unit"] for e in events(folder, "unit_damaged")] == list(damages)
 
 
 def test_a_unit_that_cannot_be_read_is_not_taken_for_damaged(disk):
