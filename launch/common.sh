@@ -3,7 +3,7 @@
 # that it can be pasted into a shell; with --dry-run they do no more than that.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1 # the root of the checkout
-dry_run=no keep=no reuse=no name='' sync=10 env_file=''
+dry_run=no keep=no reuse=no name='' bucket='' sync=10 env_file=''
 made=no started=no child='' others=''
 
 fail() {
@@ -25,6 +25,7 @@ common_flag() { # handles a flag that all launchers have; sets `used`, how many 
   used=2
   case $1 in
     --name) name=$(value "$@") ;;
+    --bucket) bucket=$(value "$@") ;;
     --sync) sync=$(value "$@") ;;
     --env-file) env_file=$(value "$@") ;;
     --dry-run) dry_run=yes used=1 ;;
@@ -145,6 +146,12 @@ check() { # check COMMAND CONFIG [KEY=VALUE...]: the seal-jax command, into the 
     [!a-z]* | *[!a-z0-9-]* | *-) fail "--name $name: expected small letters, digits and -, a letter first, as clouds want it" ;;
   esac
   [ ${#name} -le 40 ] || fail "--name $name: longer than 40 characters"
+  case $bucket in
+    '' | gs://?* | s3://?*) ;;
+    *) fail "--bucket $bucket: expected gs://BUCKET or s3://BUCKET, with a path or without" ;;
+  esac
+  folder=${bucket%/}
+  folder=${folder:-runs}/$name
   number --sync "$sync"
   [ -z "$env_file" ] || [ -f "$env_file" ] || fail "--env-file $env_file: no such file"
   case ${1:-} in
@@ -156,13 +163,13 @@ check() { # check COMMAND CONFIG [KEY=VALUE...]: the seal-jax command, into the 
   local item
   for item in "${@:3}"; do
     case $item in
-      name=* | run_dir=*) fail "$item: the run folder is runs/NAME, of --name; it is copied there and back, a bucket cannot be one yet" ;;
+      name=* | run_dir=*) fail "$item: the run folder is runs/NAME, of --name, or in the bucket that --bucket names" ;;
       -* | [!a-z]*) fail "$item: expected KEY=VALUE" ;;
       *=*) ;;
       *) fail "$item: expected KEY=VALUE" ;;
     esac
   done
-  command=(seal-jax "$@" "name=$name" "run_dir=runs/$name")
+  command=(seal-jax "$@" "name=$name" "run_dir=$folder")
 }
 
 number() { # number --flag VALUE
@@ -183,9 +190,13 @@ pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of th
 | tar -czf $1 --ignore-failed-read --no-recursion -T -"
 }
 
+earlier() { # whether there is a run folder here to be copied there first
+  [ -z "$bucket" ] && [ -d "runs/$name" ]
+}
+
 install_line() { # install_line EXTRA: into .venv, in the root of a checkout; with uv, since TPU VMs have a Python that is too old
   printf '%s\n' "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv \
-&& python3 -m uv pip install --quiet --python .venv/bin/python '.[$1]'"
+&& python3 -m uv pip install --quiet --python .venv/bin/python '.[$1${bucket:+,remote}]'"
 }
 
 archive() { # archive FILE: what is to be copied of this checkout
@@ -196,6 +207,10 @@ archive() { # archive FILE: what is to be copied of this checkout
 unpack() { run tar -xzf "$1" -C runs; }
 
 begin_sync() { # copies results back every so many minutes, since a preempted machine takes its disk with it
+  if [ -n "$bucket" ]; then
+    note "results are in $folder; nothing is copied"
+    return
+  fi
   started=yes
   note "while it runs, every $sync minutes: the copying back that stands below"
   [ "$dry_run" = yes ] && return
@@ -238,7 +253,7 @@ finish() {
       }
     fi
   fi
-  if [ "$status" -ne 0 ] && [ "$made" = yes ]; then note "ended with $status; the same command goes on with runs/$name"; fi
+  if [ "$status" -ne 0 ] && [ "$made" = yes ]; then note "ended with $status; the same command goes on with $folder"; fi
   exit "$status"
 }
 trap finish EXIT

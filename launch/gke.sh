@@ -4,6 +4,7 @@
 #   launch/gke.sh --name NAME --tpu tpu7x:2x2x2 --cluster CLUSTER --location WHERE --image IMAGE [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the JobSet, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  the slice, as for `seal-jax plan --topology`: v4:2x2x1, v5e:2x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x2 ...
 # --cluster C      and --location WHERE, its region or zone; --project PROJECT: if not gcloud's own
 # --image IMAGE    an image with seal-jax, as launch/image.sh makes it
@@ -126,7 +127,7 @@ fi
 poll 15 1/0 '.*/[1-9].*' kubectl get jobset "$name" -o \
   'jsonpath={.status.replicatedJobsStatus[0].ready}/{.status.replicatedJobsStatus[0].failed}'
 capture worker kubectl get pods "--selector=$pods,batch.kubernetes.io/job-completion-index=0" -o 'jsonpath={.items[0].metadata.name}'
-if [ -d "runs/$name" ]; then
+if earlier; then
   pipeline "tar -czf - -C runs $name | kubectl exec -i $worker -- bash -c 'mkdir -p runs && tar -xzf - -C runs'"
 fi
 pipeline "kubectl get pods --selector=$pods -o name | xargs -I{} kubectl exec {} -- touch /tmp/go"

@@ -8,6 +8,7 @@
 # With --slices N the run's groups are dealt out over N such slices (executor.name=ray): train and evaluate.
 #
 # --name NAME      of the Ray cluster, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  the slice, as for `seal-jax plan --topology`
 # --slices N       how many of them (1)
 # --cluster C      KubeRay: the GKE cluster, with Ray's add-on; --location WHERE: its region or zone; --project PROJECT: if not gcloud's own
@@ -97,7 +98,7 @@ else
   made=yes
   run ray up --yes "$file"
 fi
-if [ -d "runs/$name" ]; then
+if earlier; then
   run tar -czf "$files.before.tgz" -C runs "$name"
   to_head "$files.before.tgz" /tmp/before.tgz
   on_head "mkdir -p $place/runs && tar -xzf /tmp/before.tgz -C $place/runs"
@@ -109,7 +110,7 @@ if [ "$slices" -gt 1 ]; then
 $python -m seal_jax.cli $(quoted "${command[@]:1}" executor.name=ray "executor.workers=$slices" "executor.slice=$tpu")"
 else
   job="cd $place && $python launch/ray_hosts.py --hosts $hosts --resource TPU=$host_chips ${env_file:+--env-file /tmp/seal.env }\
---folder runs/$name -- $(quoted "${command[@]:1}")"
+--folder $folder -- $(quoted "${command[@]:1}")"
 fi
 on_head "cd $place && $ray job submit $address --submission-id=$name --no-wait -- bash -c $(quoted "$job")"
 begin_sync

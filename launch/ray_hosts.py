@@ -4,7 +4,7 @@
 
 Hosts of a TPU slice find each other by themselves (`seal_jax.parallel.processes`); hosts with GPUs are told by JAX_COORDINATOR_ADDRESS,
 JAX_NUM_PROCESSES and JAX_PROCESS_ID. Ray numbers hosts as it likes, so any host may be the one that writes the run folder: an earlier one
-is taken to all, and it comes back from the one where it grew.
+is taken to all, and it comes back from the one where it grew. One in a bucket (gs://, s3://) is there for all.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     kind, amount = given.resource.split("=")
     more = variables(pathlib.Path(given.env_file).read_text(encoding="utf-8")) if given.env_file else {}
-    before = pack(given.folder) if pathlib.Path(given.folder).is_dir() else None
+    before = pack(given.folder) if pathlib.Path(given.folder).is_dir() else None  # not of a bucket, of which nothing is here
 
     hosts = place(kind, int(amount), given.hosts, given.folder)
     import ray

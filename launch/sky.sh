@@ -5,6 +5,7 @@
 #   launch/sky.sh --name NAME --gpus H100:8 --nodes 2 [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the cluster, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  a slice, as for `seal-jax plan --topology`; or --gpus TYPE:N, and --nodes N machines of them (1)
 # --infra WHERE    where to look, say gcp/us-east5; without it SkyPilot takes the cheapest (for TPUs: gcp)
 # --spot           spot capacity; the same command goes on after a preemption
@@ -34,7 +35,7 @@ done
 check "$@"
 number "--nodes" "$nodes"
 before=''
-[ ! -d "runs/$name" ] || before=runs/$name
+if earlier; then before=runs/$name; fi
 if [ -n "$tpu" ] && [ -z "$gpus" ]; then
   slice "$tpu"
   [ "$generation" != tpu7x ] || fail "--tpu $tpu: SkyPilot makes TPU VMs by Google's TPU API, which does not serve tpu7x; use launch/gke.sh"

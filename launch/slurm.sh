@@ -5,6 +5,7 @@
 #   launch/slurm.sh --name NAME --nodes 2 --gpus 8 [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the job and of the run: its folder is runs/NAME
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --nodes N        nodes (1); --gpus N: GPUs of each (8), one task a GPU
 # --time LIMIT     Slurm's time limit, say 24:00:00
 # --partition P    and --account A: if your cluster wants them; --qos Q: say one that may be preempted

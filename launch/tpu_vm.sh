@@ -4,6 +4,7 @@
 #   launch/tpu_vm.sh --name NAME --tpu v6e:4x4 --zone ZONE [FLAG...] -- train CONFIG [KEY=VALUE...]
 #
 # --name NAME      of the machine, and of the run: its folder is runs/NAME here, copied there first if it exists, and back
+# --bucket URL     gs://BUCKET or s3://BUCKET, with a path or without: the run folder is URL/NAME instead, and nothing is copied
 # --tpu GEN:SHAPE  the slice, as for `seal-jax plan --topology`: v4:2x2x1, v5e:2x4, v5p:2x2x4, v6e:4x4 ...
 # --zone ZONE      a zone that has it; --project PROJECT: if not gcloud's own
 # --spot           spot capacity: cheaper, and taken away at any moment; the same command goes on
@@ -81,7 +82,7 @@ fi
 archive "$files.source.tgz"
 copy all "$files.source.tgz" "$name:source.tgz"
 there all "mkdir -p seal_jax && tar -xzf source.tgz -C seal_jax && cd seal_jax && $(install_line tpu)"
-if [ -d "runs/$name" ]; then
+if earlier; then
   run tar -czf "$files.before.tgz" -C runs "$name"
   copy 0 "$files.before.tgz" "$name:before.tgz"
   there 0 "mkdir -p seal_jax/runs && tar -xzf before.tgz -C seal_jax/runs"

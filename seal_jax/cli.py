@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import NoReturn
 from seal_jax import __version__, config, logs, preemption
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
+from seal_jax.runs.files import reason
+from seal_jax.runs.places import Place, place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def _outcome(argv: Sequence[str] | None) -> tuple[int, str | None]:
     except OSError as error:
         if error.filename is None:
             _close_output()
-        return 2, f"seal-jax: {error.filename or 'standard output'}: {(error.strerror or str(error)).lower()}"
+        return 2, f"seal-jax: {error.filename or 'standard output'}: {reason(error)}"
     except Exception as error:
         from seal_jax.parallel import processes
 
@@ -140,9 +141,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _config(arguments: argparse.Namespace) -> tuple[RunConfig, pathlib.Path | None, bool]:
+def _config(arguments: argparse.Namespace) -> tuple[RunConfig, Place | None, bool]:
     """The config, the run folder if one was given, and whether an override sets run_dir."""
-    path, overrides = pathlib.Path(arguments.config), arguments.overrides
+    path, overrides = place(arguments.config), arguments.overrides
     chosen = any(item.startswith("run_dir=") for item in overrides)
     if not path.is_dir():
         return config.load(path, overrides), None, chosen
@@ -194,7 +195,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     _finish(settings.run_dir, pretraining.run(settings, trained))
 
 
-def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, pathlib.Path | str | None]:
+def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, Place | str | None]:
     """The config of a command that measures, and the run whose policy it measures, if any: then in a folder of its own."""
     settings, run, chosen = _config(arguments)
     trained = None

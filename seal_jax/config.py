@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from seal_jax import limits
 from seal_jax.errors import SealError
+from seal_jax.runs import places
 
 # Spaced by at most 3/2 up to 256, where nearly all sequences of a knowledge edit are (p50 29, p99 255 tokens).
 LENGTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -252,7 +253,7 @@ class TrackConfig:
 class RunConfig:
     name: str = "run"  # what the run is called
     seed: int = 0  # of every random draw
-    run_dir: str = "runs/${name}"  # the run folder
+    run_dir: str = "runs/${name}"  # the run folder; gs://BUCKET/PATH or s3://BUCKET/PATH: in an object store (extra `remote`)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     task: Any = None
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
@@ -276,8 +277,8 @@ def task_names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(tasks.__path__) if m.ispkg)
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in the YAML file `path`, with `key.sub=value` overrides applied in order.
+def load(path: str | os.PathLike[str] | places.ObjectPath, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file (or object) `path`, with `key.sub=value` overrides applied in order.
 
     Raises `SealError` for a missing or malformed file, an unknown key (with the nearest known one), a wrong type or a bad value.
     """
@@ -287,8 +288,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in the YAML file `path`, as plain data. Raises `SealError` for a missing or malformed file."""
     try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)
+        data = yaml.safe_load(places.place(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SealError(f"{path}: no such config file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import multiprocessing
 import os
 import pathlib
@@ -46,6 +47,40 @@ def room_for_programs():
     if "jax" in sys.modules and maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
         sys.modules["jax"].clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """s3://BUCKET of a server on this machine that speaks S3; other processes started by tests find it too."""
+    server = pytest.importorskip("moto.server", reason="moto is the server of S3; pip install seal_jax[test]")
+    pytest.importorskip("s3fs", reason="s3fs speaks S3; pip install seal_jax[remote]")
+    import boto3
+
+    from seal_jax.runs import places
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port()))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        places._store.cache_clear()
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    places._store.cache_clear()
+    running.stop()
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def anywhere(request, tmp_path):
+    """An empty folder: on the disk, in fsspec's store in memory, or in an S3 bucket."""
+    from seal_jax.runs import places
+
+    stores = {"disk": lambda: "", "memory": lambda: "memory:/", "s3": lambda: request.getfixturevalue("bucket")}
+    return places.place(f"{stores[request.param]()}{tmp_path}")
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +331,7 @@ def same_run(units):
         assert units(folder) == units(unbroken)
         for path in unbroken.rglob("*.json"):
             if path.name in ("table.json", "selection.json"):
-                assert (folder / path.relative_to(unbroken)).read_bytes() == path.read_bytes()
+                assert (folder / path.relative_to(unbroken).as_posix()).read_bytes() == path.read_bytes()
         for number in (1, 2):
             trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
             for x, y in zip(*map(jax.tree.leaves, trees), strict=True):

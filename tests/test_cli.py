@@ -19,8 +19,9 @@ from seal_jax.models.load import load_model
 from seal_jax.models.lora import merge
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
-from seal_jax.runs import checkpoint, files
+from seal_jax.runs import checkpoint, files, places
 from seal_jax.runs.events import read_events
+from seal_jax.runs.places import place
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Prompt
 
@@ -255,6 +256,29 @@ def test_report(seal, refused, run_copy, tmp_path):
     assert refused("report", tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: not a run folder (no config.yaml in it)")
 
 
+def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, bucket, tmp_path, units):
+    run = place(f"{bucket}{tmp_path}/run")
+    for path in tiny_run.rglob("*"):
+        if path.is_file() and path.name not in ("lock", "report.html"):
+            places.upload(path, run / path.relative_to(tiny_run).as_posix())
+    assert seal("report", run)[:2] == (0, f"{run}/report.html\n")
+    assert "after 2 rounds" in (run / "report.html").read_text()
+    assert seal("export", run, tmp_path / "here", "--format", "peft")[0] == 0
+    assert seal("export", run, f"{run}-exported", "--format", "peft")[0] == 0
+    weights = "adapter_model.safetensors"
+    assert (place(f"{run}-exported") / weights).read_bytes() == (tmp_path / "here" / weights).read_bytes()
+    assert f"{run}-exported: exists and is not an empty folder" in refused("export", run, f"{run}-exported")
+    code, out, _ = seal("evaluate", run, "evaluate.contexts=1")
+    assert code == 0 and out.splitlines()[-2] == f"run folder: {run}-evaluate"
+    there = units(f"{run}-evaluate")
+    assert there["evaluate/after/000"]["contexts"][0]["edits"] == units(tiny_run)["evaluate/after/000"]["contexts"][0]["edits"]
+    assert there["origin"]["run"] == str(run)
+    assert f"{run}/nothing: not a run folder" in refused("report", f"{run}/nothing")
+    assert "s3://none/run/lock: cannot write: there is no bucket 'none'" in refused(
+        "train", tiny_run.parent / "config.yaml", "run_dir=s3://none/run"
+    )
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +305,7 @@ def test_report(seal, refused, run_copy, tmp_path):
         (["train", "CONFIG", "task.train=FOLDER/train.json[9:]"], "no passages (4 in the source)"),
         (["train", "CONFIG", "run_dir=/dev/null/run"], "/dev/null/run: cannot be a run folder: not a directory; choose another run_dir"),
         (["train", "CONFIG", "run_dir=FOLDER"], "FOLDER: not empty and not a run (it holds 'config.yaml'); choose another run_dir"),
+        (["train", "CONFIG", "run_dir=az://a/b"], "az://a/b: az:// is not known here; give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH"),
         (["train", "CONFIG", "model.max_length=40"], "task.train: no usable context: all 4 have a prompt that leaves no room"),
         (["grade", "FOLDER/nothing.json"], "FOLDER/nothing.json: no such file of cases"),
         (["grade", "FOLDER/train.json", "name=mach"], "grade.name='mach': expected one of match, judge, endpoint"),

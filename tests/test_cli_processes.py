@@ -9,6 +9,7 @@ import sys
 import time
 
 from seal_jax.runs.events import read_events
+from seal_jax.runs.places import place
 
 # The command without torch, as on a user's machine; importing it takes seconds.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from seal_jax.cli import main; sys.exit(main())"]
@@ -95,6 +96,28 @@ def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config,
     same_run(folder, tiny_run)
     started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
     assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
+
+
+def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, bucket, tiny_config, tiny_run, tmp_path, same_run):
+    """Killed in the middle of a round, and while a checkpoint is uploaded."""
+    folder = place(f"{bucket}{tmp_path}/run")
+    server = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}  # younger than what processes are forked from
+    before = f"import os; os.environ.update({server})"
+    for moment in ("rounds/1/e_step/000.json", "policy/1"):
+        process = start("train", tiny_config, f"run_dir={folder}", before=before)
+        end = time.monotonic() + 200
+        while not (folder / moment).exists():
+            assert process.is_alive() and time.monotonic() < end, f"{moment} did not come"
+            time.sleep(0.05)
+        process.kill()
+        process.join()
+        assert (folder / "lock").exists(), "killed while it worked"
+    process = start("train", folder, before=before)
+    process.join(200)
+    assert process.exitcode == 0
+    same_run(folder, tiny_run)
+    assert not (folder / "lock").exists()
+    assert "after 2 rounds" in (folder / "report.html").read_text() and "finished" in (folder / "report.html").read_text()
 
 
 def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):

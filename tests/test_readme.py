@@ -46,6 +46,8 @@ def test_shell_commands_exist(line, monkeypatch):
             config.load(path, given.overrides)
         else:
             assert path.startswith("runs/")
+    elif run := getattr(given, "run_folder", None):
+        assert run.startswith(("runs/", "gs://", "s3://"))
 
 
 def test_inline_commands_are_those_of_the_command_line():

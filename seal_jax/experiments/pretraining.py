@@ -9,8 +9,6 @@ weights.
 from __future__ import annotations
 
 import os
-import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +24,8 @@ from seal_jax.rest_em import given, loop
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, Clock, record, trial
 from seal_jax.rest_em.policy import Policy
+from seal_jax.runs import files
+from seal_jax.runs.places import Place
 from seal_jax.runs.store import RunStore
 from seal_jax.sft.engine import Saved
 from seal_jax.tasks.base import Context, Task, TrainingSet, TrainSequence
@@ -54,7 +54,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
             unit = f"evaluate/{size:04d}_passages/000"
             sizes[size] = store.once(unit, lambda size=size: _measure(stage, store, contexts[:size], texts, bare, base))["contexts"]
             for folder in (store.folder / "states").glob(f"{size:04d}_*") if processes.first() else ():
-                shutil.rmtree(folder)
+                files.remove_tree(folder)
             store.report()
         return store.once("table", lambda: summary(config, sizes, beside))
 
@@ -166,12 +166,13 @@ def summary(config: RunConfig, sizes: Mapping[int, Sequence[dict[str, Any]]], be
     return {"rows": rows, "notes": notes}
 
 
-def _save(policy: Policy, folder: pathlib.Path) -> None:
+def _save(policy: Policy, folder: Place) -> None:
     """Writes the policy as it is now as a transformers folder: the first process does, of weights fetched from all."""
     params = mesh_lib.fetch(policy.params)
     if processes.first():
-        shutil.rmtree(folder, ignore_errors=True)
-        hf.save_folder(folder, policy.decoder.spec, params, policy.tokenizer)
+        files.remove_tree(folder)
+        with files.staged(folder) as here:
+            hf.save_folder(here, policy.decoder.spec, params, policy.tokenizer)
 
 
 def _slug(text: str) -> str:

@@ -27,7 +27,9 @@ from seal_jax.fleet.store import WorkerStore
 
 POLL = 1.0  # seconds between looks at stalled workers
 TELL = 60.0  # seconds between lines about resources that are waited for
-KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL")  # of the driver's environment, which workers need too
+# Of the driver's environment, which workers need too, and the office for a run folder in S3.
+KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL")
+KEYS += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 VERSIONS = {"v5e": "v5litepod", "tpu7x": "v7x"}  # generations by Ray's names, where these differ
 
 
@@ -61,6 +63,10 @@ def _ray() -> Any:
     except ImportError:
         raise SealError('executor.name=ray needs Ray: pip install "seal_jax[ray]"') from None
     return ray
+
+
+def _keys() -> dict[str, str]:
+    return {key: os.environ[key] for key in KEYS if key in os.environ}
 
 
 def _line(error: BaseException) -> str:
@@ -180,7 +186,7 @@ class _Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
-        environment = {"env_vars": {"JAX_PLATFORMS": "cpu"}}  # it must not take an accelerator from a worker
+        environment = {"env_vars": {**_keys(), "JAX_PLATFORMS": "cpu"}}  # it must not take an accelerator from a worker
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment, "max_concurrency": 1}
         self.office = self.ray.remote(Office).options(**options).remote(os.getcwd())
         try:
@@ -250,7 +256,7 @@ class _Driver:
             options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": more}
             actor = self.ray.remote(Worker).options(scheduling_strategy=place, max_restarts=0, **options)
             part.actors.append(actor.remote(part.name, os.getcwd()))
-        count, keys = len(part.actors), {key: os.environ[key] for key in KEYS if key in os.environ}
+        count, keys = len(part.actors), _keys()
         environments = [keys] * count
         tpus = any("TPU" in bundle for bundle in part.group.bundle_specs)
         if count > 1 and not tpus:  # the hosts of a TPU slice know each other

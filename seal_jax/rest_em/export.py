@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
@@ -11,17 +10,18 @@ from seal_jax.models import hf, load, peft
 from seal_jax.models import lora as lora_lib
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, files
+from seal_jax.runs.places import Place, place
 from seal_jax.runs.store import CONFIG, existing
 
 
-def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> pathlib.Path:
+def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> Place:
     """Writes the policy after round `number` (default: the last finished one) to `output`.
 
     "hf": the merged model with its tokenizer. "peft": one adapter of the model that the run started from, the sum of all rounds' up to
     that one. Raises `SealError` if there is no such round, or `output` exists and is not empty.
     """
-    store, output = existing(run_folder), pathlib.Path(output)
+    store, output = existing(run_folder), place(output)
     folder = store.folder
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SealError(f"{output}: exists and is not an empty folder; choose another")
@@ -39,10 +39,12 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
             raise SealError(f"{folder}: up to round {number} no self-edit was kept, so there is no adapter")
         found = [checkpoint.load_adapters(folder / "policy" / str(n)) for n in learnt]
         rank, alpha = (sum(metadata[key] for _, metadata in found) for key in ("rank", "alpha"))
-        peft.save_adapter(output, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
+        with files.staged(output) as here:
+            peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
         return output
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
         loop.restore(policy, store, before)
-    hf.save_folder(output, policy.decoder.spec, policy.params, policy.tokenizer)
+    with files.staged(output) as here:
+        hf.save_folder(here, policy.decoder.spec, policy.params, policy.tokenizer)
     return output

@@ -346,7 +346,7 @@ def evaluate_only(
     if store is None and config.executor.name == "ray":
         from seal_jax.fleet import ray_run
 
-        return ray_run.run(config, "evaluate", None if trained is None else os.fspath(trained))
+        return ray_run.run(config, "evaluate", None if trained is None else str(trained))
     with store or open_run(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")

@@ -2,6 +2,9 @@
 
 A checkpoint is a folder that any orbax `PyTreeCheckpointer` restores, with one file more, `manifest.json`: the metadata, and the size and
 digest of each other file. Orbax reports a damaged file in many ways, some of them from its own threads; the manifest tells first.
+
+In an object store, where nothing can be renamed, orbax's files are in a folder of their own beside the manifest, which names it under
+"data": so the one object that is written last changes the old checkpoint into the new one. They travel by way of a folder of this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,19 +25,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from seal_jax.errors import SealError
-from seal_jax.runs import files
+from seal_jax.runs import files, places
+from seal_jax.runs.places import ObjectPath, Place
 
 MANIFEST = "manifest.json"
 
 
-def save_adapters(folder: str | os.PathLike[str], tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+def save_adapters(folder: str | os.PathLike[str] | ObjectPath, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes `tree` (nested dicts with text keys; JAX or numpy arrays, any shapes; dtypes kept) and `metadata` (JSON data) at `folder`.
 
     What was at `folder` is replaced. All is written to a folder beside it, which is renamed when the whole is on the disk. Raises
     `SealError` if it cannot be written; `folder` is then as before.
     """
-    folder = pathlib.Path(os.path.abspath(folder))  # orbax wants absolute paths
+    folder = places.place(folder)
     arrays = jax.tree.map(np.asarray, jax.device_get(dict(tree)))
+    if isinstance(folder, ObjectPath):
+        with places.scratch() as here:
+            _save(here / folder.name, arrays, metadata)
+            _upload(here / folder.name, folder)
+    else:
+        _save(pathlib.Path(os.path.abspath(folder)), arrays, metadata)  # orbax wants absolute paths
+
+
+def _save(folder: pathlib.Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     staging = folder.with_name(f".{folder.name}.new")
     _remove(staging)
     try:
@@ -63,6 +76,16 @@ def save_adapters(folder: str | os.PathLike[str], tree: Mapping[str, Any], metad
     except SealError:
         _remove(staging)
         raise
+
+
+def _upload(source: pathlib.Path, target: ObjectPath) -> None:
+    manifest = json.loads((source / MANIFEST).read_bytes())
+    data = f"data-{hashlib.sha256(files.dump(manifest['files'])).hexdigest()[:16]}"
+    with files.faults(target):
+        for name in manifest["files"]:
+            places.upload(source / name, target / data / name)
+        files.write_atomic(target / MANIFEST, files.dump({**manifest, "data": data}))
+        places.remove_tree(target, keep=(MANIFEST, f"{data}/"))
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -95,32 +118,49 @@ def _remove(staging: pathlib.Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def is_complete(folder: str | os.PathLike[str]) -> bool:
+def is_complete(folder: str | os.PathLike[str] | ObjectPath) -> bool:
     """Whether a checkpoint of `save_adapters` is at `folder`, with all of its files at their sizes."""
-    return _manifest(pathlib.Path(folder)) is not None
+    return _manifest(places.place(folder)) is not None
 
 
-def _manifest(folder: pathlib.Path) -> dict[str, Any] | None:
+def _manifest(folder: Place) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, (size, _) in manifest["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        data = folder / manifest.get("data", "")
+        found = data.sizes() if isinstance(data, ObjectPath) else {name: (data / name).stat().st_size for name in manifest["files"]}
+        whole = all(found.get(name) == size for name, (size, _) in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(folder, ObjectPath) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise SealError(f"{folder}: cannot read the checkpoint: {files.reason(error)}") from None  # a store out of reach has it yet
         return None
     return manifest if whole and isinstance(manifest.get("metadata"), dict) else None
 
 
-def load_adapters(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_adapters(folder: str | os.PathLike[str] | ObjectPath) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tree (numpy arrays) and the metadata that `save_adapters` wrote at `folder`. Raises `SealError` if they are not there whole."""
-    folder = pathlib.Path(os.path.abspath(folder))
+    folder = places.place(folder)
     if (manifest := _manifest(folder)) is None:
         raise SealError(f"{folder}: no finished checkpoint here; continue the run to have it computed")
     try:
-        for name, (_, digest) in manifest["files"].items():
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise SealError(f"{folder}: damaged checkpoint ({name} has changed); delete this folder and continue the run")
-        # Saved as numpy arrays, they are restored as such: no device is asked for, and any machine can read any other's.
-        with _quiet(), _checkpointer() as checkpointer:
-            return checkpointer.restore(folder), manifest["metadata"]
+        with _here(folder / manifest.get("data", ""), manifest["files"]) as data:
+            for name, (_, digest) in manifest["files"].items():
+                with open(data / name, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise SealError(f"{folder}: damaged checkpoint ({name} has changed); delete this folder and continue the run")
+            # Saved as numpy arrays, they are restored as such: no device is asked for, and any machine can read any other's.
+            with _quiet(), _checkpointer() as checkpointer:
+                return checkpointer.restore(data), manifest["metadata"]
     except (OSError, ValueError, RuntimeError) as error:
         raise SealError(f"{folder}: cannot read the checkpoint: {_reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _here(data: Place, names: Iterable[str]) -> Iterator[pathlib.Path]:
+    """The files, in a folder of this machine."""
+    if isinstance(data, pathlib.Path):
+        yield pathlib.Path(os.path.abspath(data))
+        return
+    with places.scratch() as folder:
+        for name in names:
+            places.download(data / name, folder / name)
+        yield folder

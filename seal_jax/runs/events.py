@@ -2,19 +2,28 @@
 
 Every event is one `write` to a file opened for appending, so a killed process can tear the last line at most. A torn line is closed with
 a newline when the log is opened again, and is left out when the log is read.
+
+An object store cannot append. There the log is kept in a file of this machine, and the store has a copy, made anew every few seconds and at
+the end: a killed process loses what it told in the last of them, and nothing before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
 import os
 import pathlib
+import tempfile
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from seal_jax.runs import files
+from seal_jax.runs.places import ObjectPath, place
+
+EVERY = 10.0  # seconds between copies to a store, while there is something new
 
 
 class EventLog:
@@ -52,6 +61,46 @@ class EventLog:
                 self._file = -1
 
 
+class UploadedEventLog(EventLog):
+    """An `EventLog` whose file is an object of a store.
+
+    What cannot be copied is tried again; `close` raises `SealError` if it still cannot.
+    `mine` says whether the run is still this process's: once it is not, nothing more is copied.
+    """
+
+    def __init__(self, path: ObjectPath, mine: Callable[[], bool] = lambda: True):
+        self.target, self._mine = path, mine
+        self._folder = tempfile.TemporaryDirectory(prefix="seal_jax-")
+        local = pathlib.Path(self._folder.name) / path.name
+        with files.faults(path), contextlib.suppress(FileNotFoundError):
+            local.write_bytes(path.read_bytes())
+        super().__init__(local)
+        self._sent = local.stat().st_size
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._send_now_and_then, name="seal_jax events", daemon=True)
+        self._thread.start()
+
+    def _send_now_and_then(self) -> None:
+        while not self._ended.wait(EVERY):
+            with contextlib.suppress(OSError):
+                self._send()
+
+    def _send(self) -> None:
+        data = self.path.read_bytes()
+        if len(data) > self._sent and self._mine():
+            self.target.write_bytes(data)
+            self._sent = len(data)
+
+    def close(self) -> None:
+        super().close()
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        with self._folder, files.faults(self.target):
+            self._send()
+
+
 class WarningEvents(logging.Handler):
     """Writes what the package warns of into a run's log too, as an event "warning" with `message`.
 
@@ -70,10 +119,10 @@ class WarningEvents(logging.Handler):
             self._events.append("warning", message=record.getMessage())
 
 
-def read_events(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_events(path: str | os.PathLike[str] | ObjectPath) -> list[dict[str, Any]]:
     """The events in the file `path`, oldest first; torn lines are left out, and a missing file has none."""
     try:
-        data = pathlib.Path(path).read_bytes()
+        data = place(path).read_bytes()
     except FileNotFoundError:
         return []
     events = []

@@ -7,25 +7,34 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 from seal_jax.errors import SealError
+from seal_jax.runs import places
+from seal_jax.runs.places import ObjectPath, Place
 
 TEMPORARY = ".tmp"  # the suffix of a file that is not finished; never read, removed when its run is opened again
 
 
 @contextlib.contextmanager
-def faults(path: str | os.PathLike[str]) -> Iterator[None]:
+def faults(path: str | os.PathLike[str] | ObjectPath) -> Iterator[None]:
     """Turns an `OSError` of the block, which writes `path`, into a `SealError` that says what to do."""
     try:
         yield
     except OSError as error:
-        where = f" ({error.filename})" if error.filename and os.fspath(path) not in os.fsdecode(error.filename) else ""
+        where = f" ({error.filename})" if error.filename and str(path) not in os.fsdecode(error.filename) else ""
+        advice = "see to the bucket" if isinstance(path, ObjectPath) else "free space or fix the folder"
         raise SealError(
-            f"{os.fspath(path)}: cannot write: {(error.strerror or str(error)).lower()}{where}; "
-            "nothing finished is lost: free space or fix the folder, then run the same command again to go on"
+            f"{path}: cannot write: {reason(error)}{where}; nothing finished is lost: {advice}, then run the same command again to go on"
         ) from None
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, to stand within a sentence."""
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def dump(data: Any, indent: int | None = 1) -> bytes:
@@ -40,7 +49,7 @@ def _plain(data: Any) -> Any:
         return [_plain(value) for value in data]
     if isinstance(data, float):
         return data if math.isfinite(data) else None
-    if isinstance(data, pathlib.PurePath):
+    if isinstance(data, (pathlib.PurePath, ObjectPath)):
         return str(data)
     if hasattr(data, "tolist"):
         return _plain(data.tolist())
@@ -54,11 +63,15 @@ def write_all(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
-def write_atomic(path: pathlib.Path, data: bytes) -> None:
+def write_atomic(path: Place, data: bytes) -> None:
     """Puts `data` at `path` by way of a temporary file and a rename; on the disk, both, when this returns. Makes the folder if need be.
 
-    Raises `SealError` if the disk is full or the folder cannot be written; `path` is then as before.
+    An object of a store is there whole or not there anyway. Raises `SealError` if the disk is full or the folder, or the bucket, cannot be
+    written; `path` is then as before.
     """
+    if isinstance(path, ObjectPath):
+        with faults(path):
+            return path.write_bytes(data)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     with faults(path):
         _make_folder(path.parent)
@@ -92,3 +105,26 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def staged(folder: Place) -> Iterator[pathlib.Path]:
+    """A folder of this machine to write files into, which are at `folder` after the block."""
+    if isinstance(folder, pathlib.Path):
+        yield folder
+        return
+    with places.scratch() as here:
+        yield here / folder.name
+        with faults(folder):
+            for path in sorted((here / folder.name).rglob("*")):
+                if path.is_file():
+                    places.upload(path, folder / path.relative_to(here / folder.name).as_posix())
+
+
+def remove_tree(folder: Place) -> None:
+    """Removes the folder with all that is in it, if it is there."""
+    with faults(folder):
+        if isinstance(folder, ObjectPath):
+            places.remove_tree(folder)
+        elif folder.exists():
+            shutil.rmtree(folder)

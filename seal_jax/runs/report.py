@@ -10,7 +10,6 @@ import collections
 import datetime
 import functools
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,8 +21,9 @@ import yaml
 
 from seal_jax import tasks
 from seal_jax.errors import SealError
-from seal_jax.runs import charts, continual_view, files, health, store, table
+from seal_jax.runs import charts, continual_view, files, health, lock, store, table
 from seal_jax.runs.events import read_events
+from seal_jax.runs.places import Place
 from seal_jax.tasks.base import View
 
 EXAMPLES = 5  # contexts shown in full
@@ -39,7 +39,7 @@ STAGES = {
 }
 
 
-def write_report(run_folder: str | os.PathLike[str]) -> pathlib.Path:
+def write_report(run_folder: str | os.PathLike[str] | Place) -> Place:
     """Writes `report.html` into the run folder and returns its path. Raises `SealError` if this is no run or it cannot be written."""
     folder = store.existing(run_folder).folder
     loader = jinja2.PackageLoader("seal_jax", "runs")
@@ -89,7 +89,7 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def view(folder: pathlib.Path) -> dict[str, Any]:
+def view(folder: Place) -> dict[str, Any]:
     """All that the template shows, from the files in `folder`. A damaged file is left out and named under `notices`."""
     notices: list[str] = []
 
@@ -190,7 +190,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _status(folder: pathlib.Path, events: Sequence[Mapping[str, Any]], has_table: bool) -> tuple[str, str]:
+def _status(folder: Place, events: Sequence[Mapping[str, Any]], has_table: bool) -> tuple[str, str]:
     """(kind, text) of the run's state."""
     last: Mapping[str, Any] = {}
     for event in events:
@@ -202,7 +202,7 @@ def _status(folder: pathlib.Path, events: Sequence[Mapping[str, Any]], has_table
         return "stopped", f"stopped: {last.get('error', '')}"
     if last or has_table:
         return "finished", "finished"
-    if store.in_use(folder):
+    if lock.in_use(folder):
         return "running", "running"
     return "stopped", "not finished; continue it with the command that made it and this folder"
 

@@ -9,6 +9,8 @@
     adapters/000/     what the lanes of a continual run learnt at step 0 (`seal_jax.experiments.continual`)
     states/, models/  models in continued pretraining, and trained ones (`seal_jax.experiments.pretraining`)
 
+It may be in an object store (`seal_jax.runs.places`), with a lease in place of a lock and all else alike.
+
 A run is a pure function of its configuration, and a unit is computed from that and from earlier units alone. So a run that was stopped
 at any moment, by SIGKILL too, and went on has the files of one that was never stopped.
 
@@ -17,8 +19,7 @@ In a run of several processes the first one has the folder; the others learn fro
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import contextlib
 import fnmatch
 import functools
 import importlib.metadata
@@ -39,10 +40,13 @@ from seal_jax import __version__
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
-from seal_jax.runs import files
-from seal_jax.runs.events import EventLog, WarningEvents
+from seal_jax.runs import files, places
+from seal_jax.runs.events import EventLog, UploadedEventLog, WarningEvents
+from seal_jax.runs.lease import Lease
+from seal_jax.runs.lock import LOCK, FolderLock, acquire
+from seal_jax.runs.places import ObjectPath, Place
 
-CONFIG, VERSIONS, EVENTS, LOCK = "config.yaml", "versions.json", "events.jsonl", "lock"
+CONFIG, VERSIONS, EVENTS = "config.yaml", "versions.json", "events.jsonl"
 CHECKPOINTS = ("policy/", "memory/", "adapters/", "states/", "models/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
@@ -64,15 +68,15 @@ class RunStore:
     As a context manager it logs "finished", or "stopped" with the error, at the end of the block, and unlocks the folder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder: str | os.PathLike[str] | ObjectPath):
+        self.folder = places.place(folder)
         self._shared = False  # whether all processes of the run read through the first
         self._events: EventLog | None = None  # None: reads only
         self._warnings: WarningEvents | None = None
-        self._lock = -1
+        self._lock: FolderLock | Lease | None = None
 
     @classmethod
-    def create_or_open(cls, folder: str | os.PathLike[str], config: config_lib.RunConfig) -> RunStore:
+    def create_or_open(cls, folder: str | os.PathLike[str] | ObjectPath, config: config_lib.RunConfig) -> RunStore:
         """Makes the run folder, or opens it to go on with the same configuration, and locks it until `close` or the process's end.
 
         Raises `SealError` if the folder is another thing than a run, holds results of another configuration (the first key that
@@ -84,6 +88,8 @@ class RunStore:
                 self._open(config)
             except SealError as error:
                 problem = str(error)
+            except OSError as error:
+                problem = f"{self.folder}: cannot be used: {files.reason(error)}"
         if problem := processes.share(problem):  # on all processes, or the others would wait for the first
             raise SealError(problem)
         self._shared = True
@@ -93,7 +99,7 @@ class RunStore:
         _is_run(self.folder)  # before the lock file is made: a folder that is no run stays as it is
         with files.faults(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        lockable = self._acquire()
+        self._lock = lock = acquire(self.folder)
         try:
             existed = _is_run(self.folder)
             # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
@@ -109,11 +115,12 @@ class RunStore:
                 files.write_atomic(self.folder / VERSIONS, files.dump(now))
             if changed or not existed:  # last: with it the folder is a run
                 files.write_atomic(self.folder / CONFIG, config_lib.to_yaml(config).encode())
-            self._events = EventLog(self.folder / EVENTS)
+            path = self.folder / EVENTS
+            self._events = UploadedEventLog(path, lambda: not lock.lost) if isinstance(path, ObjectPath) else EventLog(path)
             self._warnings = WarningEvents(self._events)
             logging.getLogger("seal_jax").addHandler(self._warnings)
             self.log("opened" if existed else "created", seal_jax=__version__, pid=os.getpid(), host=socket.gethostname())
-            if not lockable:
+            if isinstance(lock, FolderLock) and not lock.works:
                 self.log("unlocked", reason="the file system has no locks; see that one process works on this run at a time")
             if changed:
                 self.log("config_changed", changes=changed)
@@ -122,35 +129,6 @@ class RunStore:
         except BaseException:
             self.close()
             raise
-
-    def _acquire(self) -> bool:
-        """Locks the folder; the kernel unlocks it when the process ends, however it ends. False: the file system knows no locks."""
-        with files.faults(self.folder / LOCK):
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            for tries in range(10, -1, -1):  # half a second: `in_use` takes the lock for a moment, and a killed process is slow to die
-                try:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not tries:
-                        raise
-                    time.sleep(0.05)
-        except BlockingIOError:
-            owner = os.pread(self._lock, 200, 0).decode(errors="replace").strip()
-            self.close()
-            raise SealError(
-                f"{self.folder}: in use by another process{f' ({owner})' if owner else ''}; wait for its end or stop it, then try again"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                self.close()
-                raise SealError(f"{self.folder / LOCK}: cannot lock: {error.strerror}") from None
-            return False
-        with files.faults(self.folder / LOCK):
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return True
 
     def log(self, event: str, /, **fields: Any) -> None:
         """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""
@@ -190,11 +168,17 @@ class RunStore:
             raise TypeError(f"unit {name}: expected a dict, computed {type(result).__name__}")
         data = files.dump(result)
         if not self._shared or processes.first():
+            self._check()
             files.write_atomic(self._path(name), data)
         self.log("unit_done", unit=name, seconds=round(seconds, 3), bytes=len(data))
         return json.loads(data)
 
-    def _find(self, path: pathlib.Path) -> dict[str, Any] | None:
+    def _check(self) -> None:
+        """Raises `SealError` if the run is no more this process's to write. A lock cannot be lost, a lease can."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def _find(self, path: Place) -> dict[str, Any] | None:
         try:
             return read_unit(path)
         except Missing:
@@ -202,7 +186,7 @@ class RunStore:
         except Damaged as error:
             aside = path.with_name(path.name + ".damaged")
             with files.faults(path):
-                os.replace(path, aside)
+                path.replace(aside)
             self.log("unit_damaged", unit=self._name(path), moved_to=aside.name, problem=str(error))
             return None
 
@@ -229,12 +213,12 @@ class RunStore:
         units = [name for name in found if name.startswith(prefix) and not name.startswith(CHECKPOINTS)]
         return sorted(units, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
-    def _path(self, name: str) -> pathlib.Path:
+    def _path(self, name: str) -> Place:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name, re.ASCII) or name == "versions":
             raise ValueError(f"{name!r}: not the name of a unit")
         return self.folder / f"{name}.json"
 
-    def _name(self, path: pathlib.Path) -> str:
+    def _name(self, path: Place) -> str:
         return path.relative_to(self.folder).as_posix().removesuffix(".json")
 
     def save(self, folder: str, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -243,6 +227,7 @@ class RunStore:
         The first process does. Raises `SealError` if it cannot be written.
         """
         if not self._shared or processes.first():
+            self._check()
             _checkpoint().save_adapters(self.folder / folder, tree, metadata)
 
     def saved(self, folder: str) -> bool:
@@ -268,12 +253,14 @@ class RunStore:
         if self._warnings is not None:
             logging.getLogger("seal_jax").removeHandler(self._warnings)
             self._warnings = None
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        events, self._events = self._events, None
+        try:
+            if events is not None:
+                events.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def __enter__(self) -> RunStore:
         return self
@@ -292,7 +279,8 @@ class RunStore:
             if kind is None:
                 raise  # otherwise the first error is the one to read
         finally:
-            self.close()
+            with contextlib.suppress(*(() if kind is None else (SealError,))):
+                self.close()
 
 
 class Missing(SealError):
@@ -303,14 +291,14 @@ class Damaged(SealError):
     """A unit whose file is not what was written."""
 
 
-def read_unit(path: pathlib.Path) -> dict[str, Any]:
+def read_unit(path: Place) -> dict[str, Any]:
     """The JSON object in the file `path`. Raises `Missing`, `Damaged`, or `SealError` if it cannot be read."""
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise Missing(f"{path}: no such file; the run has not come so far, or this is not its folder") from None
     except OSError as error:
-        raise SealError(f"{path}: cannot read: {(error.strerror or str(error)).lower()}") from None
+        raise SealError(f"{path}: cannot read: {files.reason(error)}") from None
     except ValueError as error:
         raise Damaged(f"{path}: damaged, not JSON ({error}); continue the run to have it computed anew") from None
     if not isinstance(data, dict):
@@ -325,35 +313,27 @@ def _checkpoint() -> ModuleType:
     return checkpoint
 
 
-def existing(folder: str | os.PathLike[str]) -> RunStore:
+def existing(folder: str | os.PathLike[str] | ObjectPath) -> RunStore:
     """The run in `folder`, to read. Raises `SealError` if there is none."""
     found = RunStore(folder)
     for name in (CONFIG, VERSIONS):  # a config alone may be anyone's
-        if not (found.folder / name).is_file():
+        try:
+            there = (found.folder / name).is_file()
+        except OSError as error:
+            raise SealError(f"{found.folder / name}: cannot read: {files.reason(error)}") from None
+        if not there:
             raise SealError(f"{found.folder}: not a run folder (no {name} in it); give the folder that `seal-jax train` made")
     return found
 
 
-def in_use(folder: str | os.PathLike[str]) -> bool:
-    """Whether some process, this one included, works on the run in `folder`."""
-    try:
-        with open(pathlib.Path(folder) / LOCK, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _is_run(folder: pathlib.Path) -> bool:
+def _is_run(folder: Place) -> bool:
     """True: a run. False: a folder to make one in (not there, empty, or left by a run killed while it was made)."""
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise SealError(f"{folder}: cannot be a run folder: {(error.strerror or str(error)).lower()}; choose another run_dir") from None
+        raise SealError(f"{folder}: cannot be a run folder: {files.reason(error)}; choose another run_dir") from None
     if CONFIG in names and VERSIONS in names:
         return True
     if foreign := sorted(name for name in names if not any(fnmatch.fnmatch(name, own) for own in _OWN)):
@@ -361,7 +341,7 @@ def _is_run(folder: pathlib.Path) -> bool:
     return False
 
 
-def compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: pathlib.Path, free: Sequence[str]) -> dict[str, list[Any]]:
+def compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: Place, free: Sequence[str]) -> dict[str, list[Any]]:
     """The keys of the patterns `free` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
     before, after = _flatten(config_lib.to_dict(old)), _flatten(config_lib.to_dict(new))
     changed = {}

@@ -160,6 +160,22 @@ def test_an_earlier_run_and_keys_travel_along(checkout, tmp_path):
         assert not any("secret" in line and "HF_TOKEN" in line for line in dry.out)
 
 
+def test_with_a_bucket_nothing_is_copied(checkout):
+    (checkout.path / "runs" / "squad").mkdir(parents=True)
+    for way in EXPECTED:
+        dry = checkout(way, "--dry-run", "--bucket", "gs://mine/runs/")
+        lines = [*plain(dry.out), *checkout.documents(dry.out)]
+        assert any("name=squad run_dir=gs://mine/runs/squad" in line for line in lines) and not any(
+            "run_dir=runs" in line for line in lines
+        )
+        assert not any(word in line for line in lines for word in ("run.tgz", "before.tgz", "-T -", "~/before: runs/squad")), way
+        assert not any("'.[tpu]'" in line or "'.[cuda]'" in line for line in lines), "with the extra remote"
+        assert way == "slurm" or "# results are in gs://mine/runs/squad; nothing is copied" in dry.out
+    real = checkout("tpu_vm", "--bucket", "s3://mine")
+    assert real.code == 0 and not any("run.tgz" in call for call in real.calls) and "run_dir=s3://mine/squad" in real.calls[-2]
+    assert not list((checkout.path / "runs" / "squad").iterdir())
+
+
 @pytest.mark.parametrize(
     ("way", "fails", "last"),
     [
@@ -369,6 +385,7 @@ BAD = {
     "--sync 0: expected a number": ("sky.sh --gpus H100:8 --sync 0", None),
     "no such file in": ("sky.sh --gpus H100:8", ["train", "configs/none.yaml"]),
     "train, evaluate, pretrain or continual": ("sky.sh --gpus H100:8", ["grade", "configs/squad.yaml"]),
+    "--bucket mine: expected gs://BUCKET": ("sky.sh --gpus H100:8 --bucket mine", None),
     "run_dir=gs://a/b: the run folder is runs/NAME": ("sky.sh --gpus H100:8", ["train", "configs/squad.yaml", "run_dir=gs://a/b"]),
     "rounds: expected KEY=VALUE": ("sky.sh --gpus H100:8", ["train", "configs/squad.yaml", "rounds"]),
     "--keep: not with Slurm": ("slurm.sh --keep", None),

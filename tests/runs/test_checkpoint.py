@@ -1,5 +1,4 @@
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 
 from seal_jax.errors import SealError
+from seal_jax.runs import places
 from seal_jax.runs.checkpoint import is_complete, load_adapters, save_adapters
+from seal_jax.runs.places import ObjectPath, place
 
 
 def tree(seed=0):
@@ -19,10 +20,10 @@ def tree(seed=0):
     return {"layers": {"q_proj": pair, "v_proj": {"a": jnp.asarray(pair["a"][:, :, :2])}}, "scale": jnp.full((3,), 0.5, jnp.bfloat16)}
 
 
-def test_round_trip_leaf_for_leaf(tmp_path):
-    save_adapters(tmp_path / "policy" / "1", tree(), {"rank": 4, "alpha": np.float32(8), "targets": ("q_proj", "v_proj")})
-    assert is_complete(tmp_path / "policy" / "1")
-    found, metadata = load_adapters(tmp_path / "policy" / "1")
+def test_round_trip_leaf_for_leaf(anywhere):
+    save_adapters(anywhere / "policy" / "1", tree(), {"rank": 4, "alpha": np.float32(8), "targets": ("q_proj", "v_proj")})
+    assert is_complete(anywhere / "policy" / "1")
+    found, metadata = load_adapters(anywhere / "policy" / "1")
     want = tree()
     assert metadata == {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}
     assert found["layers"].keys() == {"q_proj", "v_proj"}
@@ -36,44 +37,102 @@ def test_round_trip_leaf_for_leaf(tmp_path):
     assert found["scale"].dtype == ml_dtypes.bfloat16
 
 
-def test_replaces_what_was_there_and_leaves_nothing_beside(tmp_path):
-    save_adapters(tmp_path / "1", tree(0), {"round": 1})
-    (tmp_path / ".1.new.orbax-checkpoint-tmp").mkdir()  # as a killed process leaves it
-    (tmp_path / ".1.new").mkdir()
-    save_adapters(tmp_path / "1", tree(1), {"round": 2})
-    found, metadata = load_adapters(tmp_path / "1")
+def listed(folder):
+    """All files and folders, by their names below `folder`."""
+    return sorted(folder.sizes()) if isinstance(folder, ObjectPath) else sorted(os.listdir(folder))
+
+
+def test_replaces_what_was_there_and_leaves_nothing_beside(anywhere):
+    save_adapters(anywhere / "1", tree(0), {"round": 1})
+    if not isinstance(anywhere, ObjectPath):
+        (anywhere / ".1.new.orbax-checkpoint-tmp").mkdir()  # as a killed process leaves it
+        (anywhere / ".1.new").mkdir()
+    before = listed(anywhere)
+    save_adapters(anywhere / "1", tree(1), {"round": 2})
+    found, metadata = load_adapters(anywhere / "1")
     assert metadata == {"round": 2}
     np.testing.assert_array_equal(found["layers"]["q_proj"]["a"], tree(1)["layers"]["q_proj"]["a"])
-    assert os.listdir(tmp_path) == ["1"]
+    if isinstance(anywhere, ObjectPath):
+        assert set(before) & set(listed(anywhere)) == {"1/manifest.json"}
+        assert len({name.split("/")[1] for name in listed(anywhere)}) == 2, "the manifest, and one folder"
+    else:
+        assert listed(anywhere) == ["1"]
 
 
-def test_a_part_of_a_checkpoint_is_none(tmp_path):
-    assert not is_complete(tmp_path / "1")
-    save_adapters(tmp_path / "whole", tree(), {})
-    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
-    for name in names:
-        for cut in (True, False):
-            shutil.rmtree(tmp_path / "part", ignore_errors=True)
-            shutil.copytree(tmp_path / "whole", tmp_path / "part")
-            data = (tmp_path / "part" / name).read_bytes()
-            if cut:
-                (tmp_path / "part" / name).write_bytes(data[: len(data) // 2])
-            else:
-                (tmp_path / "part" / name).unlink()
-            assert not is_complete(tmp_path / "part"), f"{name} {'cut' if cut else 'gone'}"
+def test_a_part_of_a_checkpoint_is_none(anywhere):
+    assert not is_complete(anywhere / "1")
+    save_adapters(anywhere / "whole", tree(), {})
+    files = {path.relative_to(anywhere / "whole").as_posix(): path for path in (anywhere / "whole").rglob("*") if path.is_file()}
+    whole = {name: path.read_bytes() for name, path in files.items()}
+    assert len(whole) > 3
+    for name, path in files.items():
+        path.write_bytes(whole[name][: len(whole[name]) // 2])
+        assert not is_complete(anywhere / "whole"), f"{name} cut"
+        path.unlink()
+        assert not is_complete(anywhere / "whole"), f"{name} gone"
+        path.write_bytes(whole[name])
+    assert is_complete(anywhere / "whole")
+    path.unlink()
     with pytest.raises(SealError, match="no finished checkpoint here"):
-        load_adapters(tmp_path / "part")
+        load_adapters(anywhere / "whole")
 
 
-def test_a_changed_byte_is_told(tmp_path):
-    save_adapters(tmp_path / "1", tree(), {})
-    path = max((tmp_path / "1").rglob("d/*"), key=lambda p: p.stat().st_size)  # the arrays' own file
+def test_a_changed_byte_is_told(anywhere):
+    save_adapters(anywhere / "1", tree(), {})
+    path = max((p for p in (anywhere / "1").rglob("*") if p.parent.name == "d"), key=lambda p: len(p.read_bytes()))  # the arrays' own file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    assert is_complete(tmp_path / "1")
+    assert is_complete(anywhere / "1")
     with pytest.raises(SealError, match=r"damaged checkpoint \(.* has changed\); delete this folder"):
-        load_adapters(tmp_path / "1")
+        load_adapters(anywhere / "1")
+
+
+def test_a_checkpoint_is_replaced_in_one_step_in_a_store(tmp_path, monkeypatch):
+    """Whatever of the new one is there when the process ends: the old one is, until the manifest is the new one's."""
+    folder, real, done = place(f"memory:/{tmp_path}/1"), places.upload, 0
+    save_adapters(folder, tree(0), {"n": 0})
+    for most in range(100):
+        count = iter(range(most))
+
+        def upload(source, target, count=count):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        monkeypatch.setattr(places, "upload", upload)
+        try:
+            save_adapters(folder, tree(1), {"n": 1})
+            break
+        except KeyboardInterrupt:
+            done += 1
+        found, metadata = load_adapters(folder)
+        assert metadata == {"n": 0}
+        np.testing.assert_array_equal(found["layers"]["q_proj"]["a"], tree(0)["layers"]["q_proj"]["a"])
+    assert done > 3 and load_adapters(folder)[1] == {"n": 1}
+
+
+def test_a_checkpoint_copied_from_a_store_by_other_tools_is_one(tmp_path):
+    store = place(f"memory:/{tmp_path}/1")
+    save_adapters(store, tree(), {"n": 1})
+    for name in store.sizes():
+        places.download(store / name, tmp_path / "copy" / name)
+    found, metadata = load_adapters(tmp_path / "copy")
+    assert metadata == {"n": 1}
+    np.testing.assert_array_equal(found["layers"]["q_proj"]["a"], tree()["layers"]["q_proj"]["a"])
+
+
+def test_a_store_out_of_reach_is_not_a_checkpoint_that_is_missing(tmp_path, monkeypatch):
+    folder = place(f"memory:/{tmp_path}/1")
+    save_adapters(folder, tree(), {})
+
+    def info(*_, **__):
+        raise TimeoutError("no answer\nin 60 s")
+
+    monkeypatch.setattr(places._store("memory"), "cat_file", info)
+    for ask in (is_complete, load_adapters):
+        with pytest.raises(SealError, match=r"^memory://.*/1: cannot read the checkpoint: no answer in 60 s$"):
+            ask(folder)
 
 
 KILL = """

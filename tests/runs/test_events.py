@@ -2,11 +2,14 @@ import datetime
 import json
 import os
 import threading
+import time
 
 import pytest
 
 from seal_jax.errors import SealError
-from seal_jax.runs.events import EventLog, read_events
+from seal_jax.runs import events
+from seal_jax.runs.events import EventLog, UploadedEventLog, read_events
+from seal_jax.runs.places import ObjectPath, place
 
 
 def test_one_json_line_an_event_with_time_in_utc(tmp_path):
@@ -21,6 +24,57 @@ def test_one_json_line_an_event_with_time_in_utc(tmp_path):
     assert abs((datetime.datetime.now(datetime.UTC) - time).total_seconds()) < 60
     assert read_events(tmp_path / "events.jsonl") == [event]
     log.close()
+
+
+def opened(path):
+    return UploadedEventLog(path) if isinstance(path, ObjectPath) else EventLog(path)
+
+
+def test_a_log_goes_on_where_it_was(anywhere):
+    path = anywhere / "events.jsonl"
+    for name in ("first", "second"):
+        log = opened(path)
+        log.append(name)
+        log.append(f"{name} again")
+        log.close()
+        log.close()
+    assert [e["event"] for e in read_events(path)] == ["first", "first again", "second", "second again"]
+    path.write_bytes(path.read_bytes()[:-3])
+    log = opened(path)
+    log.append("third")
+    log.close()
+    assert [e["event"] for e in read_events(path)] == ["first", "first again", "second", "third"]
+
+
+def test_a_store_has_a_copy_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(events, "EVERY", 0.02)
+    path = place(f"memory:/{tmp_path}/events.jsonl")
+    log = UploadedEventLog(path)
+    for name in ("first", "second"):
+        log.append(name)
+        end = time.monotonic() + 10
+        while [e["event"] for e in read_events(path)][-1:] != [name]:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectPath, "write_bytes", out_of_reach)
+        log.append("third")
+        time.sleep(0.1)  # tried in vain, and not told
+    log.close()
+    assert [e["event"] for e in read_events(path)] == ["first", "second", "third"]
+
+
+def out_of_reach(self, data):
+    raise OSError(5, "no answer", str(self))
+
+
+def test_a_store_that_cannot_be_written_at_the_end_is_told(tmp_path, monkeypatch):
+    log = UploadedEventLog(place(f"memory:/{tmp_path}/events.jsonl"))
+    log.append("first")
+    monkeypatch.setattr(ObjectPath, "write_bytes", out_of_reach)
+    with pytest.raises(SealError, match=r"^memory://.*events\.jsonl: cannot write: no answer; nothing finished is lost"):
+        log.close()
+    assert not log.path.parent.exists()
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 3))

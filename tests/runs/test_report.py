@@ -8,7 +8,7 @@ import pytest
 
 from seal_jax import tasks
 from seal_jax.errors import SealError
-from seal_jax.runs import report, store
+from seal_jax.runs import lock, report
 from seal_jax.runs.report import write_report
 from seal_jax.tasks.base import View
 
@@ -217,7 +217,7 @@ def test_states(made_up, tmp_path):
     holder = subprocess.Popen(["flock", "-x", tmp_path / "lock", "cat"], stdin=subprocess.PIPE)
     try:
         for _ in range(200):
-            if store.in_use(tmp_path):
+            if lock.in_use(tmp_path):
                 break
             time.sleep(0.01)
         assert status("created") == "running"

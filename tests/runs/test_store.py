@@ -11,7 +11,7 @@ import yaml
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
-from seal_jax.runs import store
+from seal_jax.runs import lock, store
 from seal_jax.runs.events import read_events
 from seal_jax.runs.store import RunStore
 
@@ -28,8 +28,17 @@ def never():
     raise AssertionError("computed again")
 
 
+def listed(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture
-def folder(tmp_path):
+def folder(anywhere):
+    return anywhere / "runs" / "test"
+
+
+@pytest.fixture
+def disk(tmp_path):
     return tmp_path / "runs" / "test"
 
 
@@ -83,25 +92,29 @@ def test_an_error_of_compute_passes_and_leaves_no_file(folder):
         run.once("odd", lambda: [1])
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"a": ', b"[1]", b"\xff\x00"])
-def test_a_damaged_unit_is_set_aside_and_computed_anew(folder, damage):
+def test_a_damaged_unit_is_set_aside_and_computed_anew(folder):
+    damages = {f"evaluate/before/{i:03d}": data for i, data in enumerate((b"", b'{"a": ', b"[1]", b"\xff\x00"))}
     with RunStore.create_or_open(folder, make_config()) as run:
-        run.once("evaluate/before/000", lambda: {"a": 1})
-    (folder / "evaluate/before/000.json").write_bytes(damage)
-    with pytest.raises(SealError, match=r"000\.json: damaged, not .*computed anew"):
-        RunStore(folder).read("evaluate/before/000")
+        for name in damages:
+            run.once(name, lambda: {"a": 1})
+    for name, data in damages.items():
+        (folder / f"{name}.json").write_bytes(data)
+        with pytest.raises(SealError, match=r"00\d\.json: damaged, not .*computed anew"):
+            RunStore(folder).read(name)
     with RunStore.create_or_open(folder, make_config()) as run:
-        assert run.once("evaluate/before/000", lambda: {"a": 2}) == {"a": 2}
-        assert run.names() == ["evaluate/before/000"]
-    assert (folder / "evaluate/before/000.json.damaged").read_bytes() == damage
-    assert events(folder, "unit_damaged")[0]["unit"] == "evaluate/before/000"
+        for name in damages:
+            assert run.once(name, lambda: {"a": 2}) == {"a": 2}
+        assert run.names() == list(damages)
+    for name, data in damages.items():
+        assert (folder / f"{name}.json.damaged").read_bytes() == data
+    assert [e["unit"] for e in events(folder, "unit_damaged")] == list(damages)
 
 
-def test_a_unit_that_cannot_be_read_is_not_taken_for_damaged(folder, monkeypatch):
-    with RunStore.create_or_open(folder, make_config()) as run:
+def test_a_unit_that_cannot_be_read_is_not_taken_for_damaged(disk):
+    with RunStore.create_or_open(disk, make_config()) as run:
         run.once("unit", lambda: {"a": 1})
-        (folder / "unit.json").unlink()
-        (folder / "unit.json").mkdir()
+        (disk / "unit.json").unlink()
+        (disk / "unit.json").mkdir()
         with pytest.raises(SealError, match=r"unit\.json: cannot read: is a directory"):
             run.once("unit", never)
 
@@ -111,7 +124,7 @@ def test_read_and_names(folder):
         for name in ("table", "rounds/10/e_step/000", "rounds/2/e_step/1000", "rounds/2/e_step/999", "rounds/2/m_step"):
             run.once(name, lambda name=name: {"name": name})
     (folder / "policy/2").mkdir(parents=True)
-    (folder / "policy/2/manifest.json").write_text("{}")
+    (folder / "policy/2/manifest.json").write_bytes(b"{}")
     reader = RunStore(folder)
     assert reader.names() == ["rounds/2/e_step/999", "rounds/2/e_step/1000", "rounds/2/m_step", "rounds/10/e_step/000", "table"]
     assert reader.names("rounds/2/e_step/") == ["rounds/2/e_step/999", "rounds/2/e_step/1000"]
@@ -164,19 +177,19 @@ def test_other_versions_are_noted(folder):
     RunStore.create_or_open(folder, make_config()).close()
     assert not events(folder, "versions_changed")
     data = json.loads((folder / "versions.json").read_text())
-    (folder / "versions.json").write_text(json.dumps({**data, "jax": "0.1"}))
+    (folder / "versions.json").write_bytes(json.dumps({**data, "jax": "0.1"}).encode())
     RunStore.create_or_open(folder, make_config()).close()
     assert events(folder, "versions_changed")[0]["changes"] == {"jax": ["0.1", data["jax"]]}
 
 
-def test_a_folder_that_is_no_run_stays_as_it_is(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "config.yaml").write_text("name: of another program")
+def test_a_folder_that_is_no_run_stays_as_it_is(anywhere):
+    (anywhere / "notes.txt").write_bytes(b"mine")
+    (anywhere / "config.yaml").write_bytes(b"name: of another program")
     with pytest.raises(SealError, match=r"not empty and not a run \(it holds 'config\.yaml'\); choose another run_dir"):
-        RunStore.create_or_open(tmp_path, make_config())
-    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "notes.txt"]
+        RunStore.create_or_open(anywhere, make_config())
+    assert listed(anywhere) == ["config.yaml", "notes.txt"]
     with pytest.raises(SealError, match=r"notes\.txt: cannot be a run folder: not a directory"):
-        RunStore.create_or_open(tmp_path / "notes.txt", make_config())
+        RunStore.create_or_open(anywhere / "notes.txt", make_config())
 
 
 def test_a_run_killed_while_it_was_made(folder, monkeypatch):
@@ -187,17 +200,17 @@ def test_a_run_killed_while_it_was_made(folder, monkeypatch):
         patch.setattr(config_lib, "to_yaml", die)
         with pytest.raises(KeyboardInterrupt):
             RunStore.create_or_open(folder, make_config())
-    (folder / ".config.yaml.123.tmp").write_text("na")
-    assert sorted(os.listdir(folder)) == [".config.yaml.123.tmp", "lock", "versions.json"]
+    (folder / ".config.yaml.123.tmp").write_bytes(b"na")
+    assert set(listed(folder)) - {"lock"} == {".config.yaml.123.tmp", "versions.json"}  # a lease is given back, a lock's file stays
     with RunStore.create_or_open(folder, make_config()) as run:
         assert run.once("unit", lambda: {"a": 1}) == {"a": 1}
-    assert not list(folder.glob(".*")), "what a killed process left is removed"
+    assert not [name for name in listed(folder) if name.startswith(".")], "what a killed process left is removed"
     assert next(e["event"] for e in read_events(folder / "events.jsonl")) == "created"
 
 
 def test_config_is_damaged(folder):
     RunStore.create_or_open(folder, make_config()).close()
-    (folder / "config.yaml").write_text("task: [")
+    (folder / "config.yaml").write_bytes(b"task: [")
     with pytest.raises(SealError, match=r"config\.yaml: not readable as YAML"):
         RunStore.create_or_open(folder, make_config())
 
@@ -213,37 +226,41 @@ sys.stdin.read()
 
 def test_one_process_at_a_time(folder):
     with RunStore.create_or_open(folder, make_config()):
-        assert store.in_use(folder)
+        assert lock.in_use(folder)
         with pytest.raises(SealError, match=rf"in use by another process \(process {os.getpid()} on .*\); wait for its end"):
             RunStore.create_or_open(folder, make_config())
-    assert not store.in_use(folder)
-    child = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert not lock.in_use(folder)
+
+
+def test_the_kernel_unlocks_what_a_killed_process_held(disk):
+    RunStore.create_or_open(disk, make_config()).close()
+    child = subprocess.Popen([sys.executable, "-c", HOLD, disk / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"held\n"
-    assert store.in_use(folder)
+    assert lock.in_use(disk)
     with pytest.raises(SealError, match="in use by another process"):
-        RunStore.create_or_open(folder, make_config())
+        RunStore.create_or_open(disk, make_config())
     child.kill()
-    RunStore.create_or_open(folder, make_config()).close()  # SIGKILL unlocks; the store waits a moment for it
+    RunStore.create_or_open(disk, make_config()).close()  # SIGKILL unlocks; the store waits a moment for it
     child.communicate()
 
 
-def test_a_file_system_without_locks(folder, monkeypatch):
+def test_a_file_system_without_locks(disk, monkeypatch):
     def flock(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with RunStore.create_or_open(folder, make_config()) as run:
+    with RunStore.create_or_open(disk, make_config()) as run:
         run.once("unit", lambda: {})
-    assert events(folder, "unlocked")
+    assert events(disk, "unlocked")
 
 
-def test_full_disk_loses_nothing(folder):
-    with pytest.raises(SealError), RunStore.create_or_open(folder, make_config()) as run:
+def test_full_disk_loses_nothing(disk):
+    with pytest.raises(SealError), RunStore.create_or_open(disk, make_config()) as run:
         run.once("a", lambda: {"n": 1})
-        os.symlink("/dev/full", folder / f".b.json.{os.getpid()}.tmp")
+        os.symlink("/dev/full", disk / f".b.json.{os.getpid()}.tmp")
         run.once("b", lambda: {"n": 2})
-    assert "b.json: cannot write: no space left on device" in events(folder, "stopped")[0]["error"]
-    with RunStore.create_or_open(folder, make_config()) as run:
+    assert "b.json: cannot write: no space left on device" in events(disk, "stopped")[0]["error"]
+    with RunStore.create_or_open(disk, make_config()) as run:
         assert run.once("a", never) == {"n": 1}
         assert run.once("b", lambda: {"n": 2}) == {"n": 2}
 
@@ -272,7 +289,7 @@ KILL = """
 import hashlib, os, pathlib, random, signal, sys, time
 from seal_jax import config
 from seal_jax.parallel import processes
-from seal_jax.runs import store
+from seal_jax.runs import lock, store
 # No accelerator in forked children, and no JAX, whose import would outlive most of them.
 store.versions, processes.first, processes.share = dict, lambda: True, lambda value: value
 folder, made = pathlib.Path(sys.argv[1]), config.build({"name": "test", "task": {"name": "knowledge"}})
