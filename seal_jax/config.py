@@ -241,6 +241,15 @@ class ExecutorConfig:
 
 
 @dataclasses.dataclass
+class TrackConfig:
+    """What is told of a run besides its event log. Nothing here changes a result."""
+
+    tensorboard: bool = False  # curves for TensorBoard in the run folder's `tensorboard/`; needs the extra `tensorboard`
+    wandb: str | None = None  # curves to this project of Weights & Biases; needs the extra `wandb`
+    profile: str | None = None  # a folder for a trace by JAX's profiler, of the second group of contexts (the first compiles)
+
+
+@dataclasses.dataclass
 class RunConfig:
     name: str = "run"  # what the run is called
     seed: int = 0  # of every random draw
@@ -258,6 +267,7 @@ class RunConfig:
     grade: GradeConfig = dataclasses.field(default_factory=GradeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     executor: ExecutorConfig = dataclasses.field(default_factory=ExecutorConfig)
+    track: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
 
 def task_names() -> list[str]:
@@ -272,6 +282,11 @@ def load(path: str | os.PathLike[str] | places.ObjectPath, overrides: Sequence[s
 
     Raises `SealError` for a missing or malformed file, an unknown key (with the nearest known one), a wrong type or a bad value.
     """
+    return build(read(path), overrides, where=str(path))
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in the YAML file `path`, as plain data. Raises `SealError` for a missing or malformed file."""
     try:
         data = yaml.safe_load(places.place(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -280,7 +295,7 @@ def load(path: str | os.PathLike[str] | places.ObjectPath, overrides: Sequence[s
         raise SealError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise SealError(f"{path}: expected a mapping of config keys, found {type(data).__name__}")
-    return build(data, overrides, where=str(path))
+    return data
 
 
 def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
@@ -288,7 +303,7 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
     try:
         given = OmegaConf.create(data)
         for item in overrides:
-            given = _override(given, item)
+            given = override(given, item)
         task = given.get("task")
         name = task.get("name") if OmegaConf.is_dict(task) else None
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
@@ -299,18 +314,22 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
     schema = OmegaConf.structured(RunConfig)
     schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
-    try:
-        _check_keys(schema, given, where)
-        merged = OmegaConf.merge(schema, given)
-        config = OmegaConf.to_object(merged)
-    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
-        raise SealError(f"{where}: {_one_line(error)}") from None
+    config = fill(schema, given, where)
     assert isinstance(config, RunConfig)
     limits.check(config, where)
     return config
 
 
-def _override(given: Any, item: str) -> Any:
+def fill(schema: Any, given: Any, where: str) -> Any:
+    """The dataclass of `schema` with what is `given` in place of its defaults. Raises `SealError` for what is unknown or does not fit."""
+    try:
+        _check_keys(schema, given, where)
+        return OmegaConf.to_object(OmegaConf.merge(schema, given))
+    except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
+        raise SealError(f"{where}: {_one_line(error)}") from None
+
+
+def override(given: Any, item: str) -> Any:
     """`given` with one `key.sub=value` applied."""
     key, separator, _ = item.partition("=")
     if not separator or not all(key.split(".")):

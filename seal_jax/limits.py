@@ -115,6 +115,8 @@ def check(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.max_steps={config.fit.max_steps}: expected at least 1, or null for no bound")
     if config.executor.timeout is not None and not config.executor.timeout > 0:
         raise SealError(f"{where}: executor.timeout={config.executor.timeout}: expected a number of seconds above 0, or null for never")
+    if config.executor.name == "ray" and config.track.profile is not None:
+        raise SealError(f"{where}: track.profile={config.track.profile!r}: a trace is of one process; set executor.name=local")
     if config.executor.slice is not None and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", config.executor.slice):
         raise SealError(f"{where}: executor.slice={config.executor.slice!r}: expected a generation and a shape, say v6e:4x4")
     if not config.grade.timeout > 0:

@@ -5,9 +5,11 @@ import functools
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import pathlib
 import sys
+import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 # In the environment, so that processes that tests start have it too; read when jax is imported.
@@ -232,6 +234,110 @@ def tiny_run(tmp_path_factory, write_config, quick_compile) -> pathlib.Path:
     with quick_compile():
         loop.train(settings)
     return pathlib.Path(settings.run_dir)
+
+
+# --- Commands in processes of their own ------------------------------------------------------------------------------
+
+CHILD = """
+import os, sys
+if {said!r}:
+    os.dup2(os.open({said!r}, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+{before}
+from seal_jax import cli
+sys.exit(cli.main({arguments!r}))
+"""
+
+
+@pytest.fixture(scope="session")
+def start():
+    """`start(...)` runs a command in a process of its own, forked from one that has imported what is slow to import.
+
+    `said`: a file for what it says on standard error; `before`: Python to run first.
+    """
+    context = multiprocessing.get_context("forkserver")
+    slow = ["seal_jax.rest_em.loop", "seal_jax.runs.report", "transformers.models.auto.tokenization_auto"]
+    context.set_forkserver_preload([*slow, "transformers.models.llama.configuration_llama"])
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    running = []
+
+    def run(*arguments, said=None, before=""):
+        code = CHILD.format(said=str(said or ""), before=before, arguments=[str(a) for a in arguments])
+        process = context.Process(target=exec, args=(code, {}))
+        running.append(process)
+        with pytest.MonkeyPatch.context() as patch:  # the first start makes the server that all are forked from
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            process.start()
+        return process
+
+    yield run
+    for process in running:
+        process.kill()
+
+
+PAUSE = """
+import time
+from seal_jax import progress
+def update(self, n=1, shown=progress._Lines.update):
+    shown(self, n)
+    if n and self.what.startswith({what!r}) and not os.path.exists({mark!r}):
+        open({mark!r}, "x").close()
+        time.sleep({seconds})
+progress._Lines.update = update
+"""
+
+
+@pytest.fixture(scope="session")
+def pause():
+    """`start(..., before=pause(what, mark))`: it leaves the file `mark` and stops a moment after the first units of a step `what...`."""
+    return lambda what, mark, seconds=1.0: PAUSE.format(what=what, mark=str(mark), seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def wait_for():
+    """`wait_for(path, process)`: until the file is there, which the process makes."""
+
+    def wait(path, process):
+        end = time.monotonic() + 200
+        while not path.exists():
+            assert process.is_alive() and time.monotonic() < end, f"{path} did not come"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def ended():
+    """`ended(process, within)`: the exit code of a process that ends within so many seconds."""
+
+    def wait(process, within=30.0):
+        process.join(within)
+        assert process.exitcode is not None, "still there"
+        return process.exitcode
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def same_run(units):
+    """`same_run(folder, unbroken)`: the results are the same, the table and the selections to the byte, the adapters to the bit."""
+    import jax
+    import numpy as np
+
+    from seal_jax.runs import checkpoint
+
+    def check(folder, unbroken):
+        assert units(folder) == units(unbroken)
+        for path in unbroken.rglob("*.json"):
+            if path.name in ("table.json", "selection.json"):
+                assert (folder / path.relative_to(unbroken).as_posix()).read_bytes() == path.read_bytes()
+        for number in (1, 2):
+            trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
+            for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+                np.testing.assert_array_equal(x, y)
+
+    return check
 
 
 # --- Tiny random checkpoints of every family, written by transformers itself -----------------------------------------

@@ -1,8 +1,7 @@
 """The command line in processes of its own: what it writes where, and runs that are killed and go on."""
 
-import contextlib
+import functools
 import json
-import multiprocessing
 import os
 import pty
 import random
@@ -10,18 +9,12 @@ import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
-import pytest
-
-from seal_jax import cli
-from seal_jax.runs import checkpoint
 from seal_jax.runs.events import read_events
 from seal_jax.runs.places import place
 
 # The command without torch, as on a user's machine; importing it takes seconds.
 COMMAND = [sys.executable, "-c", "import sys; sys.modules['torch'] = None; from seal_jax.cli import main; sys.exit(main())"]
-ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+ENVIRONMENT = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # as `start`
 
 
 def test_the_first_line_comes_before_anything_slow_is_imported(tiny_run):
@@ -76,44 +69,6 @@ def test_bad_input_to_the_real_command(tiny_config):
 
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def start(request):
-    """`start(...)` runs a command in a process of its own, forked from one that has imported what is slow to import."""
-    with contextlib.suppress(pytest.skip.Exception):
-        request.getfixturevalue("bucket")  # first, since the processes have the environment of now
-    context = multiprocessing.get_context("forkserver")
-    slow = ["seal_jax.rest_em.loop", "seal_jax.runs.report", "transformers.models.auto.tokenization_auto"]
-    context.set_forkserver_preload([*slow, "transformers.models.llama.configuration_llama"])
-    before = {key: os.environ.get(key) for key in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    running = []
-
-    def run(*arguments):
-        process = context.Process(target=cli.main, args=([str(a) for a in arguments],))
-        running.append(process)
-        process.start()
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-    for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def same_run(units, folder, unbroken):
-    """The results are the same, the table and the selections to the byte, the trained adapters to the bit."""
-    assert units(folder) == units(unbroken)
-    for path in unbroken.rglob("*.json"):
-        if path.name in ("table.json", "selection.json"):
-            assert (folder / path.relative_to(unbroken).as_posix()).read_bytes() == path.read_bytes()
-    for number in (1, 2):
-        trees = [checkpoint.load_adapters(run / "policy" / str(number))[0] for run in (folder, unbroken)]
-        for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
 MOMENTS = (
     "evaluate/before/000.json",
     "rounds/1/e_step/001.json",
@@ -125,7 +80,7 @@ MOMENTS = (
 )
 
 
-def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):
     folder = tmp_path / "run"
     for moment in MOMENTS:
         # By its config first, then by its folder.
@@ -139,14 +94,16 @@ def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config,
     process = start("train", folder)
     process.join(200)
     assert process.exitcode == 0
-    same_run(units, folder, tiny_run)
+    same_run(folder, tiny_run)
     started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
     assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
 
 
-def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, bucket, tiny_config, tiny_run, tmp_path, units):
+def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, bucket, tiny_config, tiny_run, tmp_path, same_run):
     """Killed in the middle of a round, and while a checkpoint is uploaded."""
     folder = place(f"{bucket}{tmp_path}/run")
+    known = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}  # since the server that forks was started before
+    start = functools.partial(start, before=f"os.environ.update({known!r})")
     for moment in ("rounds/1/e_step/000.json", "policy/1"):
         process = start("train", tiny_config, f"run_dir={folder}")
         end = time.monotonic() + 200
@@ -159,12 +116,12 @@ def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, buc
     process = start("train", folder)
     process.join(200)
     assert process.exitcode == 0
-    same_run(units, folder, tiny_run)
+    same_run(folder, tiny_run)
     assert not (folder / "lock").exists()
     assert "after 2 rounds" in (folder / "report.html").read_text() and "finished" in (folder / "report.html").read_text()
 
 
-def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, units):
+def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):
     folder = tmp_path / "run"
     draw = random.Random(time.time_ns())
     for _ in range(4):
@@ -175,4 +132,4 @@ def test_killed_at_random_and_continued_equals_unbroken(start, tiny_config, tiny
     process = start("train", tiny_config)
     process.join(200)
     assert process.exitcode == 0
-    same_run(units, folder, tiny_run)
+    same_run(folder, tiny_run)

@@ -22,6 +22,8 @@ from seal_jax.rest_em.loop import grader
 from seal_jax.sample import decode
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
+from seal_jax.sweep import config as sweep_config
+from seal_jax.sweep import lanes
 from seal_jax.tasks.base import Context
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -77,6 +79,17 @@ def test_every_config_is_valid(path):
     context, shown = CONTEXTS[config.task.name]
     assert shown in str(task.edit_prompt(context))
     assert task.probes(context)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_every_sweep_is_valid(path):
+    sweep = sweep_config.load(path)
+    assert sweep.config.name == path.stem and str(sweep.folder) == f"sweeps/{path.stem}"
+    tasks.build(sweep.base.task, grader(sweep.base))
+    if sweep.config.search == "lanes":
+        assert len(lanes.lanes_of(sweep)) == len(sweep.settings())
+    elif sweep.config.search != "optuna":
+        assert [sweep.trial(settings) for settings in sweep.settings()]
 
 
 def test_paper_config_has_the_papers_numbers():

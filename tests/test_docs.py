@@ -1,5 +1,6 @@
 """The pages of docs/ are true where code can tell."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -8,6 +9,7 @@ import shlex
 import pytest
 
 from seal_jax import cli, config
+from seal_jax.sweep import config as sweep_config
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -31,9 +33,9 @@ def keys(data, prefix=""):
 
 
 def rows_of(page, task):
-    """(key, default, meaning) of the page's rows for a config of `task`: those of the other tasks' sections left out."""
+    """(key, default, meaning) of the page's rows for a config of `task`: those of other tasks, and of sweep files, left out."""
     sections = re.split(r"^## ", page.PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    own = [s for s in sections if not s.startswith("task, with") or s.startswith(f"task, with task.name={task}\n")]
+    own = [s for s in sections if not s.startswith(("task, with", "Sweep files")) or s.startswith(f"task, with task.name={task}\n")]
     return re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.*) \|$", "\n".join(own), re.MULTILINE)
 
 
@@ -50,6 +52,16 @@ def test_documented_defaults_are_what_a_config_without_the_key_gets(page, task):
     """The page's defaults, given as overrides, change nothing."""
     plain = {"task": {"name": task}}
     assert config.build(plain, [f"{key}={value}" for key, value, _ in rows_of(page, task)]) == config.build(plain)
+
+
+def test_documented_defaults_of_sweep_files(page, tmp_path):
+    section = page.PAGE.read_text(encoding="utf-8").partition("## Sweep files")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.+) \|$", section, re.MULTILINE)
+    assert {key.split(".")[0] for key, _, _ in rows} == {f.name for f in dataclasses.fields(sweep_config.SweepConfig)}
+    (tmp_path / "base.yaml").write_text("task: {name: knowledge}")
+    (tmp_path / "sweep.yaml").write_text("{base: base.yaml, space: {fit.epochs: [1, 2]}}")
+    given = [f"{key}={value}" for key, value, _ in rows if key not in ("base", "space") and not key.startswith("asha.")]
+    assert sweep_config.load(tmp_path / "sweep.yaml", given) == sweep_config.load(tmp_path / "sweep.yaml")
 
 
 def test_differences_names_keys_and_commands_that_exist():

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from seal_jax import cli, config
+from seal_jax.sweep import config as sweep_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def test_the_readme_has_what_the_others_look_at():
     assert {"bash", "python"} <= {kind for kind, _ in BLOCKS}
     assert {"make run", "make test"} <= set(COMMANDS)
     assert {shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("seal-jax")} == {
-        *("train", "evaluate", "pretrain", "continual", "generate", "grade", "export", "report", "plan")
+        *("train", "evaluate", "pretrain", "continual", "sweep", "generate", "grade", "export", "report", "plan")
     }
 
 
@@ -38,6 +39,8 @@ def test_shell_commands_exist(line, monkeypatch):
     given = cli.parser().parse_args(arguments)
     if arguments[0] == "grade":
         config.build({"task": {"name": "knowledge"}}, [f"grade.{item}" for item in given.overrides])
+    elif arguments[0] == "sweep":
+        sweep_config.load(given.file, given.overrides)
     elif path := getattr(given, "config", None):
         if path.endswith(".yaml"):
             config.load(path, given.overrides)
@@ -51,7 +54,18 @@ def test_inline_commands_are_those_of_the_command_line():
     inline = re.findall(r"`(seal-jax [^`]+)`", README)
     assert inline
     for line in inline:
-        assert shlex.split(line)[1] in ("train", "evaluate", "pretrain", "continual", "generate", "grade", "export", "report", "plan")
+        assert shlex.split(line)[1] in (
+            "train",
+            "evaluate",
+            "pretrain",
+            "continual",
+            "sweep",
+            "generate",
+            "grade",
+            "export",
+            "report",
+            "plan",
+        )
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])

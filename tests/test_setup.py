@@ -5,6 +5,7 @@ import importlib.metadata
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
 import types
 
@@ -43,28 +44,37 @@ def imported() -> dict[str, str]:
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"seal_jax"}}
 
 
-def at_import() -> set[str]:
-    """The top-level modules that are imported with a module of the package, not by a function in it."""
-    found = set()
-    for path in (ROOT / "seal_jax").rglob("*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            found |= {name.split(".")[0] for name in [*names, *([node.module] if isinstance(node, ast.ImportFrom) else [])]}
-    return found
+def extras(given) -> set[str]:
+    return {canonical(r) for name, more in given["extras_require"].items() if not name.startswith(("test", "dev")) for r in more}
 
 
 def test_what_is_imported_is_required_and_nothing_else(given):
     distributions = importlib.metadata.packages_distributions()
-    required = {canonical(r) for r in given["install_requires"]}
-    extras = {canonical(r) for name, more in given["extras_require"].items() if not name.startswith(("test", "dev")) for r in more}
-    modules = {name: path for name, path in imported().items() if name in distributions or name in at_import()}
-    providers = {name: {canonical(d) for d in distributions[name]} for name in modules}
-    missing = {name: modules[name] for name, who in providers.items() if not who & (required | extras)}
+    required, optional = {canonical(r) for r in given["install_requires"]}, extras(given)
+    here = {name: path for name, path in imported().items() if name in distributions}
+    unknown = {name for name in imported() if name not in here} - {name.replace("-", "_") for name in optional}
+    assert not unknown, unknown
+    providers = {name: {canonical(d) for d in distributions[name]} for name in here}
+    missing = {name: here[name] for name, who in providers.items() if not who & (required | optional)}
     assert not missing, missing
-    eager = {name for name, who in providers.items() if not who & required} & at_import()
-    assert not eager, f"from an extra, so to be imported where it is used: {eager}"
     unused = required - set().union(*providers.values())
     assert not unused, unused
+
+
+def test_nothing_needs_an_extra_before_it_is_asked_for(given):
+    distributions, required = importlib.metadata.packages_distributions(), {canonical(r) for r in given["install_requires"]}
+    absent = [name for name in imported() if not {canonical(d) for d in distributions.get(name, ())} & required]
+    assert "ray" in absent
+    modules = [
+        "seal_jax.cli",
+        "seal_jax.rest_em.loop",
+        "seal_jax.experiments.continual",
+        "seal_jax.experiments.pretraining",
+        "seal_jax.sweep.run",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent}))\nimport {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_data_files_and_packages_are_included(given):

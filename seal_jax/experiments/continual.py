@@ -23,7 +23,7 @@ from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit, Key
-from seal_jax.runs import matrix
+from seal_jax.runs import matrix, track
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
 
@@ -120,7 +120,8 @@ def _step(setting: Setting, lanes: Sequence[Lane], held: Held, number: int) -> d
     store, folder = setting.store, f"adapters/{number:03d}"
 
     def learnt() -> dict[str, Any]:
-        record = _learn(setting, lanes, held, number)
+        with track.group():
+            record = _learn(setting, lanes, held, number)
         store.save(folder, held.saved(number, len(lanes)), {"step": number})
         return record
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from seal_jax import tasks
+from seal_jax import preemption, tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.models import hf
@@ -27,6 +27,7 @@ from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import files
 from seal_jax.runs.places import Place
 from seal_jax.runs.store import RunStore
+from seal_jax.sft.engine import Saved
 from seal_jax.tasks.base import Context, Task, TrainingSet, TrainSequence
 
 EDITS = "passages + self-edits"
@@ -140,10 +141,15 @@ def _edited(texts: Sequence[str], sets: Sequence[TrainingSet], answered: dict[st
 def _train(stage: loop.Stage, store: RunStore, name: str, sequences: Sequence[TrainSequence], label: str) -> np.ndarray:
     """Trains the policy, from its last checkpoint if there is one, and returns its losses."""
     c, folder = stage.policy.config.pretraining, f"states/{name}"
-    save = lambda state: store.save(folder, state, {"steps": len(state["losses"])})  # noqa: E731
+
+    def save(state: Saved) -> None:
+        store.save(folder, state, {"steps": len(state["losses"])})
+        preemption.stop_if_due()
+
     state = store.load(folder)[0] if store.saved(folder) else None
-    options = {"resume": state, "save": save, "checkpoint_every": c.checkpoint_every}
-    return stage.policy.pretrain(sequences, ("pretraining", name), c.sft, f"training on {label}", **options)
+    options = {"resume": state, "save": save, "checkpoint_every": c.checkpoint_every, "save_now": preemption.due}
+    with preemption.at_steps():
+        return stage.policy.pretrain(sequences, ("pretraining", name), c.sft, f"training on {label}", **options)
 
 
 def summary(config: RunConfig, sizes: Mapping[int, Sequence[dict[str, Any]]], beside: Sequence[Any]) -> dict[str, Any]:

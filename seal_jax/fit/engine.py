@@ -219,9 +219,10 @@ class FitEngine:
         self.batch_size = batch_size
 
     def fit(
-        self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[[int], None] | None = None
+        self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[..., None] | None = None
     ) -> Fitted:
-        """Fits every job from a fresh adapter. `progress` is called with the number of real tokens of each step that ended.
+        """Fits every job from a fresh adapter. `progress` is called with the number of real tokens of each step that ended, and with
+        the number of jobs that wait for a slot as `waiting`.
 
         `held`: adapters stacked [H, ...] with their scale folded in (`models.lora.scaled`), of any rank, dealt out over the shards of the
         mesh; each job is fitted on top of the one that it names, as if that were merged into the weights, and on its shard.
@@ -302,16 +303,18 @@ class _Fit:
         self.slots = min(engine.slots, self.room)
         self.schedule = plan.Schedule(lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards)
         self.hyper = hyper(jobs)
+        self.waiting = len(jobs)
         self.waste = plan.Waste()
         self.state, self.out = _empty(self.mesh, engine.decoder.spec, engine.rank, engine.targets, self.slots, self.room)()
 
-    def run(self, progress: Callable[[int], None] | None) -> Fitted:
+    def run(self, progress: Callable[..., None] | None) -> Fitted:
         issued: list[_Issued] = []
         pending: collections.deque[_Issued] = collections.deque()
         early = any(map(ends_early, self.jobs))
         for action in self.schedule:
             if isinstance(action, plan.Admit):
                 self._admit(action)
+                self.waiting -= len(action.edits)
             elif isinstance(action, plan.Retire):
                 self._retire(action)
             else:
@@ -326,7 +329,7 @@ class _Fit:
         scale[self.places], held[self.places] = self.hyper.scale, [job.held % self.of_shard for job in self.jobs]
         return Fitted(self.out, self.places, scale, held, self._losses(issued), self.waste)
 
-    def _look(self, step: _Issued, early: bool, progress: Callable[[int], None] | None) -> None:
+    def _look(self, step: _Issued, early: bool, progress: Callable[..., None] | None) -> None:
         """Waits for a step. Edits that ended in it leave the schedule: always after the same number of steps, so that runs repeat."""
         step.report.loss.block_until_ready()
         if early:
@@ -334,7 +337,7 @@ class _Fit:
                 if ended:
                     self.schedule.end(edit)
         if progress is not None:
-            progress(step.real)
+            progress(step.real, waiting=self.waiting)
 
     def _spread(self, slots: Sequence[int], size: int, per_shard: int) -> tuple[np.ndarray, np.ndarray]:
         """Where in arrays of `per_shard` entries a shard the (global) `slots` come, and [shards x per_shard] slots within the shard."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from seal_jax.runs import health
 from seal_jax.runs.store import RunStore
 
 
@@ -90,8 +91,13 @@ class Ledger:
         return len(self._claims)
 
     def log(self, event: str, fields: dict[str, Any]) -> None:
-        """An event of a worker. What all of them say alike (items that were skipped, a warning) stands in the log once."""
-        said = repr((event, sorted(fields.items(), key=lambda item: item[0])))
-        if event not in ("skipped", "warning") or said not in self._said:
+        """An event of a worker. What all of them say alike (of the run, not of a worker) stands in the log once."""
+        if event in ("skipped", "warning", "round"):
+            fields = {key: value for key, value in fields.items() if key != "worker"}
+            if (said := repr((event, sorted(fields.items())))) in self._said:
+                return
             self._said.add(said)
+        if event in ("step", "round"):
+            health.tell(event, **fields)  # to the log, and wherever else the run is watched
+        else:
             self.store.log(event, **fields)

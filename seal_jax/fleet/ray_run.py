@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from typing import Any
 
@@ -40,10 +42,13 @@ def run(config: RunConfig, command: str, trained: str | None = None) -> dict[str
     ray = _ray()
     started = not ray.is_initialized()
     if started:
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(configure_logging=False, log_to_driver=True, include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SealError(f"executor.name=ray: no Ray cluster: {_line(error)}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray puts its own in the place of `seal_jax.preemption`'s
     try:
         return _Driver(ray, config, command, trained).run()
     finally:
@@ -82,9 +87,10 @@ class Office:
 
     def open(self, config: RunConfig) -> None:
         """Makes the run folder, or opens it to go on."""
-        from seal_jax.runs.store import RunStore
+        from seal_jax.rest_em import loop
 
-        self.store = RunStore.create_or_open(config.run_dir, config)
+        self.opened = contextlib.ExitStack()
+        self.store = self.opened.enter_context(loop.open_run(config))
         self.ledger = Ledger(self.store)
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -100,8 +106,8 @@ class Office:
 
     def close(self, error: str | None) -> None:
         """The end of the run, or its stop."""
-        self.store.log(*(("finished",) if error is None else ("stopped",)), **({} if error is None else {"error": error}))
-        self.store.close()
+        stopped = None if error is None else SealError(error)
+        self.opened.__exit__(None if stopped is None else SealError, stopped, None)
 
 
 class Worker:
@@ -135,7 +141,7 @@ class Worker:
                 raise error.cause from None
 
         store = WorkerStore(self.name, config.run_dir, ask)
-        store.log("worker_started", worker=self.name, pid=os.getpid(), host=socket.gethostname(), **versions())
+        store.log("worker_started", pid=os.getpid(), host=socket.gethostname(), **versions())
         return loop.train(config, store) if command == "train" else loop.evaluate_only(config, trained, store)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from seal_jax.parallel import processes
+from seal_jax.runs import health
 from seal_jax.runs.events import WarningEvents
 
 WAIT = 0.5  # seconds between questions for a unit that another worker has
@@ -34,6 +36,7 @@ class WorkerStore:
         self.name, self.folder = name, folder
         self._ask, self._pause = ask, pause
         self._unit: str | None = None  # being computed
+        self._told = contextlib.ExitStack()
         self._warnings = WarningEvents(self)  # type: ignore[arg-type]  # has append, as a log has
 
     def _asked(self, method: str, *arguments: Any) -> Any:
@@ -89,7 +92,7 @@ class WorkerStore:
 
     def log(self, event: str, /, **fields: Any) -> None:
         if processes.first():
-            self._ask("log", event, fields)
+            self._ask("log", event, {"worker": self.name, **fields})
 
     append = log
 
@@ -99,7 +102,9 @@ class WorkerStore:
 
     def __enter__(self) -> WorkerStore:
         logging.getLogger("seal_jax").addHandler(self._warnings)
+        self._told.enter_context(health.told_to(self.log))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._told.close()
         logging.getLogger("seal_jax").removeHandler(self._warnings)

@@ -7,7 +7,7 @@ the traced program, where a layer's products stand once with the number of layer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ class Work(NamedTuple):
 
 
 NOTHING = Work(0.0, 0.0)
+NO_LORA = LoraConfig(rank=0)
 
 
 # --- From the compiled program ---------------------------------------------------------------------------------------
@@ -120,6 +121,23 @@ def fit_flops(spec: DecoderSpec, lora: LoraConfig, tokens: float, seen: float, l
     attention = 4.0 * tokens * spec.num_layers * spec.num_heads * spec.head_dim * seen
     again = forward - 2.0 * tokens * spec.num_layers * spec.intermediate_size * spec.hidden_size if remat == "full" else 0.0
     return 2.0 * forward + again + adapter + attention + 4.0 * labels * spec.vocab_size * spec.hidden_size
+
+
+def trained_flops(spec: DecoderSpec, lora: LoraConfig | None, lengths: Iterable[int]) -> float:
+    """Model FLOP of training once on sequences of `lengths` tokens, all of them labels: an adapter, or (None) all weights.
+
+    Attention is counted causally. What is recomputed, and what padding costs, is not counted: that is the point of a utilisation.
+    """
+    if lora is not None:
+        return sum(fit_flops(spec, lora, n, (n + 1) / 2, n) for n in lengths)
+    return sum(3.0 * forward_flops(spec, NO_LORA, n, (n + 1) / 2, n) for n in lengths)
+
+
+def written_flops(spec: DecoderSpec, lora: LoraConfig | None, prompts: Iterable[int], written: Iterable[tuple[int, int]]) -> float:
+    """Model FLOP of reading `prompts` of so many tokens, and of writing: (tokens before, tokens written), by an adapted model or a bare."""
+    lora = NO_LORA if lora is None else lora
+    read = sum(forward_flops(spec, lora, n, (n + 1) / 2, 0) for n in prompts)
+    return read + sum(forward_flops(spec, lora, n, before + (n + 1) / 2, n) for before, n in written)
 
 
 def shard_bytes(tree: Any) -> int:

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from seal_jax.config import RunConfig
-from seal_jax.parallel.topology import GIB, Plan, Program
+from seal_jax.parallel.chips import GIB
+from seal_jax.parallel.topology import Plan, Program
 
 KINDS = ("weights", "adapters", "caches", "temporaries")
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import urllib.request
 from typing import Any
 
 from seal_jax.errors import SealError
+from seal_jax.parallel import peers
 
 # JAX is imported where it is used: the run folder, which imports this module, must not wait for it.
 
@@ -40,6 +42,9 @@ def start() -> None:
         return
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `seal_jax.preemption`
+    # JAX ends a process with many lines when it misses another's signs of life; `seal_jax.parallel.peers` comes first, with one.
+    arguments["heartbeat_timeout_seconds"] = int(2 * peers.timeout()) + 60
     try:
         jax.distributed.initialize(**arguments)
     except (RuntimeError, ValueError) as error:
@@ -79,6 +84,14 @@ def first() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def lost(error: Exception) -> bool:
+    """Whether `error` is what a computation over several processes says when one of the others is gone."""
+    import jax
+
+    told = re.search(r"Gloo|[Cc]onnection|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and told is not None
 
 
 def share(value: Any) -> Any:

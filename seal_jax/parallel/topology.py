@@ -26,33 +26,13 @@ from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import leaves, nest
-from seal_jax.parallel import cost
+from seal_jax.parallel import chips, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode
 from seal_jax.sample.engine import ROOM
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
 
-GIB = float(2**30)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """Published figures of one chip: dense bf16 FLOP/s, bytes/s and bytes of its HBM."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
-
-
-# By the kind that JAX gives its devices. Sources: Google Cloud's pages on each TPU, tables of key specifications.
-CHIPS = {
-    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB),  # cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps
-    "TPU v5": Chip("v5p", 459e12, 2765e9, 95 * GIB),  # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps
-    "TPU v6 lite": Chip("v6e", 918e12, 1638e9, 32 * GIB),  # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps
-    "TPU7x": Chip("tpu7x", 2307e12, 7380e9, 192 * GIB),  # cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GBps
-}
 # libtpu's environment where there is no TPU: what it would otherwise ask a metadata server for, or complain that it did not get.
 COMPILER = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for the chips, of which none is used: several plans may be made at once
@@ -138,11 +118,11 @@ def tpu(name: str) -> Target:
         devices = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # jaxlib's, of several kinds
         raise SealError(f"--topology {name}: {' '.join(str(error).split())[:200]}; known are, say, v5e:2x4, v5p:2x2x1, v6e:2x2") from None
-    chip = CHIPS.get(devices[0].device_kind)
+    chip = chips.TPUS.get(devices[0].device_kind)
     if chip is None:
-        known = ", ".join(c.name for c in CHIPS.values())
+        known = ", ".join(c.name for c in chips.TPUS.values())
         raise SealError(f"--topology {name}: nothing is known of {devices[0].device_kind}; known: {known}")
-    parts = len(devices) // len({tuple(d.coords) for d in devices})
+    parts = chips.per_chip(devices)
     share = chip.memory / parts
     return Target(name, devices, parts, share, memory.SHARE * share, chip.flops / parts, chip.bandwidth / parts)
 

@@ -6,16 +6,18 @@ ends with the same files. Source: the paper's Algorithm 1 and section 3.1.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import os
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seal_jax import config as config_lib
-from seal_jax import tasks
+from seal_jax import preemption, tasks
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.grade import base as grade
@@ -28,7 +30,7 @@ from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.policy import Policy
 from seal_jax.rest_em.select import Candidate, select
-from seal_jax.runs import checkpoint
+from seal_jax.runs import checkpoint, health, track
 from seal_jax.runs.store import CONFIG, RunStore, existing
 from seal_jax.tasks.base import Context, Figure, Prompt, Task
 
@@ -40,9 +42,11 @@ log = logging.getLogger(__name__)
 ORIGIN = "origin"  # the unit that says whose policy an evaluation's folder is about
 
 
-def open_run(config: RunConfig) -> RunStore:
-    """The run's folder, made or opened to go on."""
-    return RunStore.create_or_open(config.run_dir, config)
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[RunStore]:
+    """The run's folder, made or opened to go on; its log tells how the run fares and ends."""
+    with RunStore.create_or_open(config.run_dir, config) as store, preemption.logged(store.log), track.tracked(store, config):
+        yield store
 
 
 def grader(config: RunConfig) -> grade.Grader:
@@ -153,7 +157,8 @@ def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Cont
     def compute(name: str) -> dict[str, Any]:
         part = contexts[(start := parts[name]) : start + group]
         what = f" ({unit.replace('/', ' ').replace('_', '-')} {start + 1}-{start + len(part)}/{len(contexts)})"
-        return measure(stage.policy, stage.task, part, what=what, **options)
+        with track.group():
+            return measure(stage.policy, stage.task, part, what=what, **options)
 
     return [record for found in store.each(list(parts), compute) for record in found["contexts"]]
 
@@ -229,6 +234,15 @@ def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[st
     restore(policy, store, number)
 
 
+def curves(records: Sequence[dict[str, Any]], losses: Sequence[float | None]) -> dict[str, float | None]:
+    """What is drawn of a round: means over its contexts, and the M-step's first and last loss."""
+    rewards = [found for r in records if (found := [e["reward"] for e in r["edits"] if e["reward"] is not None])]
+    bare = [reward for r in records if (reward := r["methods"][NONE][0]["reward"]) is not None]
+    found = {"reward/mean": [statistics.mean(x) for x in rewards], "reward/best": [max(x) for x in rewards], "reward/unadapted": bare}
+    ends = {"loss/first": losses[0], "loss/last": losses[-1]} if losses else {}
+    return {**{name: statistics.mean(values) if values else None for name, values in found.items()}, **ends}
+
+
 def policy_name(rounds: int) -> str:
     """What the table calls the policy after `rounds` rounds."""
     return f"after {rounds} round{'s' if rounds > 1 else ''}" if rounds else "base"
@@ -241,14 +255,21 @@ def summary(config: RunConfig, evaluations: dict[str, Sequence[dict[str, Any]]],
     return table_lib.table(evaluations, seeds=e.seeds, edits=e.edits, resamples=e.resamples, seed=config.seed, **options)
 
 
-def train(config: RunConfig, store: RunStore | WorkerStore | None = None) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    store: RunStore | WorkerStore | None = None,
+    after_round: Callable[[int, Sequence[dict[str, Any]]], None] | None = None,
+) -> dict[str, Any]:
     """The whole run; returns its table. Continues a run folder of the same configuration.
 
     `store`: where results are read and kept, for one of several workers; None: in the config's run folder, which is opened here.
+    `after_round` is called after each round's M-step, of a run that goes on too, with the round's number and its E-step's records.
     """
     if store is None and config.executor.name == "ray":
         from seal_jax.fleet import ray_run
 
+        if after_round is not None:
+            raise SealError("executor.name=ray: a trial of a sweep is placed by Ray itself; set executor.name=local")
         return ray_run.run(config, "train")
     with store or open_run(config) as store:
         refuse_evaluation(store, "train")
@@ -260,9 +281,13 @@ def train(config: RunConfig, store: RunStore | WorkerStore | None = None) -> dic
         if config.evaluate.during_training:
             evaluations[policy_name(0)] = evaluate(stage, store, "before")
         for number in range(1, config.rest_em.rounds + 1):
-            records = e_step(stage, store, number, texts)
+            records, told = e_step(stage, store, number, texts), store.has(f"rounds/{number}/m_step")
             m_step(stage, store, number, records)
+            if not told:
+                health.tell("round", round=number, **curves(records, store.read(f"rounds/{number}/m_step")["losses"]))
             store.report()
+            if after_round is not None:
+                after_round(number, records)
         if config.evaluate.during_training and config.rest_em.rounds:
             evaluations[policy_name(config.rest_em.rounds)] = evaluate(stage, store, "after", baselines=False)
         if not evaluations:

@@ -75,7 +75,7 @@ def measure(
     for i, context in enumerate(contexts):
         measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
         methods = {NONE: [plain[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}}
-        edited = [_edit(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
+        edited = [edit_record(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
         for edit in edited if memory is not None else ():
             cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
             # An unusable edit harms nothing; it must not be better for that than one that does some good.
@@ -90,7 +90,7 @@ def from_recorded(task: Task, context: Context, found: Recorded) -> dict[str, An
     def told(trials: Sequence[Trial]) -> list[dict[str, Any]]:
         return [trial(i, t.outputs, np.zeros(0), t.score) for i, t in enumerate(trials)]
 
-    edits = [_edit(k, text, TrainingSet(()), told(trials)) for k, (text, trials) in enumerate(found.edits)]
+    edits = [edit_record(k, text, TrainingSet(()), told(trials)) for k, (text, trials) in enumerate(found.edits)]
     return record(task, context, {NONE: told([found.unadapted])}, edits)
 
 
@@ -129,7 +129,7 @@ def trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -
     }
 
 
-def _edit(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, Any]]) -> dict[str, Any]:
+def edit_record(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, Any]]) -> dict[str, Any]:
     """An unusable self-edit earns 0; one that could not be graded has no reward."""
     rewards = [t["reward"] for t in trials if t["reward"] is not None]
     return {

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax import rng
-from seal_jax.config import FitConfig, RunConfig, SftConfig
+from seal_jax.config import FitConfig, LoraConfig, RunConfig, SftConfig
 from seal_jax.errors import SealError
 from seal_jax.fit import likelihood, memory
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, collection, total_steps
@@ -23,10 +23,9 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import Model, activation_dtype
 from seal_jax.models.tokenizer import Tokenizer
+from seal_jax.parallel import chips, cost, processes
 from seal_jax.parallel import mesh as mesh_lib
-from seal_jax.parallel import processes
-from seal_jax.parallel.cost import shard_bytes
-from seal_jax.progress import bar
+from seal_jax.runs import health
 from seal_jax.sample import engine as sample
 from seal_jax.sample.constraint import for_schema
 from seal_jax.sft.engine import Saved, SftEngine, Tuned
@@ -76,6 +75,7 @@ class Policy:
     def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh or mesh_lib.single()
         self._slots_of: dict[tuple[int, int, int], int] = {}
+        self._peak = chips.peak(self.mesh.devices.flat)
         self.tokenizer: Tokenizer = model.tokenizer
         self.params = model.params
         weights = jax.tree.leaves(model.params)[0].dtype
@@ -117,10 +117,13 @@ class Policy:
 
     # --- engines ----------------------------------------------------------------------------------------------------
 
-    def _generate(self, requests: list[sample.Request], rows: int, lora: Any, what: str) -> list[str]:
-        with bar(what, len(requests), "seq") as progress:
-            options = {"stop": self.tokenizer.eos_ids, "rows": rows, "lora": lora, "mesh": self.mesh, "progress": progress.update}
+    def _generate(self, requests: list[sample.Request], rows: int, lora: Any, kind: str, what: str) -> list[str]:
+        with health.step(kind, what, len(requests), "seq", self._peak) as step:
+            options = {"stop": self.tokenizer.eos_ids, "rows": rows, "lora": lora, "mesh": self.mesh, "progress": step.update}
             done = sample.generate(self.decoder, self.params, requests, **options)
+            prompts = [len(prompt) for _, prompt in dict.fromkeys((r.adapter, r.prompt) for r in requests)]  # each is read once
+            written = [(len(r.prompt), len(g.tokens)) for r, g in zip(requests, done, strict=True)]
+            step.flops = cost.written_flops(self.decoder.spec, None if lora is None else self.config.fit.lora, prompts, written)
         return [self.tokenizer.decode(g.tokens) for g in done]
 
     def write(
@@ -146,7 +149,7 @@ class Policy:
             for key in candidates:
                 words = tuple(rng.words(self.config.seed, *key, "sample").tolist())
                 requests.append(sample.Request(ids, limit, c.temperature, c.top_p, c.top_k, words, int(adapter), form))
-        texts = iter(self._generate(requests, c.rows, lora, what))
+        texts = iter(self._generate(requests, c.rows, lora, "sample", what))
         return [[next(texts) for _ in candidates] for candidates in keys]
 
     def answer(
@@ -155,7 +158,7 @@ class Policy:
         """Greedy answers to each set of probes: by the adapter at its place in `lora` (stacked, scale folded in), or the bare policy."""
         adapters = [0] * len(probes) if places is None else places
         requests = [self._question(prompt, int(a)) for a, prompts in zip(adapters, probes, strict=True) for prompt in prompts]
-        texts = iter(self._generate(requests, self.config.answer.rows, lora, what))
+        texts = iter(self._generate(requests, self.config.answer.rows, lora, "answer", what))
         return [[next(texts) for _ in prompts] for prompts in probes]
 
     def _question(self, prompt: Prompt, adapter: int) -> sample.Request:
@@ -210,7 +213,7 @@ class Policy:
         edits, beside = 8 * -(-len(jobs) // (8 * shards)), 0
         if held is not None:  # each row of a step has a copy of the one that it stands on
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
-            beside = int(shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
+            beside = int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
         key = (length, edits, beside)
         if key not in self._slots_of:
             found = memory.slots_that_fit(self._engine(1), self.params, length, edits, held=beside)
@@ -225,8 +228,14 @@ class Policy:
         for job in jobs:  # a last step of an epoch may be short of sequences
             tokens, trained = sum(len(s.ids) - 1 for s in job.sequences), total_steps(job) * job.config.batch_size
             total += min(job.config.epochs * tokens, trained * tokens // len(job.sequences))
-        with bar(what, total, "tok") as progress:
-            return engine.fit(self.params, jobs, seed=self.config.seed, held=held, progress=progress.update)
+        flops = self._flops_per_token([s for job in jobs for s in job.sequences], self.config.fit.lora)
+        with health.step("fit", what, total, "tok", self._peak, flops) as step:
+            return engine.fit(self.params, jobs, seed=self.config.seed, held=held, progress=step.update)
+
+    def _flops_per_token(self, sequences: Sequence[Tokens], lora: LoraConfig | None) -> float:
+        """Model FLOP of training an adapter, or all weights, on a token of `sequences`, in the mean."""
+        lengths = [len(s.ids) - 1 for s in sequences]
+        return cost.trained_flops(self.decoder.spec, lora, lengths) / max(1, sum(lengths))
 
     # --- the M-step -------------------------------------------------------------------------------------------------
 
@@ -252,17 +261,19 @@ class Policy:
         resume: Saved | None = None,
         save: Callable[[Saved], None] | None = None,
         checkpoint_every: int | None = None,
+        save_now: Callable[[], bool] | None = None,
     ) -> np.ndarray:
         """Trains the policy itself on `sequences` and returns the loss of every optimiser step, in nats per token.
 
         With `config.weights` "full" all weights are replaced, else an adapter is trained and merged; the arrays that were `params` before
-        stay as they are. `resume`, `save` and `checkpoint_every` are those of `SftEngine.tune`. Raises `SealError` where no sequence leaves
-        anything to predict.
+        stay as they are. `resume`, `save`, `checkpoint_every` and `save_now` are those of `SftEngine.tune`. Raises `SealError` where no
+        sequence leaves anything to predict.
         """
         tokens = self.tokenise(TrainingSet(tuple(sequences)))
         if not tokens:
             raise SealError(f"{what}: none of the {len(sequences)} sequences has a token to predict within {self.max_length} tokens")
-        tuned = self._sft(config, tokens, key, what, resume=resume, save=save, checkpoint_every=checkpoint_every)
+        options = {"resume": resume, "save": save, "checkpoint_every": checkpoint_every, "save_now": save_now}
+        tuned = self._sft(config, tokens, key, what, **options)
         if config.weights == "full":
             self.params = _rounded(self.params, tuned.weights)
         else:
@@ -271,9 +282,10 @@ class Policy:
 
     def _sft(self, config: SftConfig, sequences: Sequence[Tokens], key: Key, what: str, **options: Any) -> Tuned:
         total = config.epochs * sum(len(s.ids) - 1 for s in sequences)
-        with bar(what, total, "tok") as progress:
+        flops = self._flops_per_token(sequences, None if config.weights == "full" else config.lora)
+        with health.step("sft", what, total, "tok", self._peak, flops) as step:
             engine = SftEngine(self.decoder, config, self.mesh)
-            return engine.tune(self.params, sequences, key, seed=self.config.seed, progress=progress.update, **options)
+            return engine.tune(self.params, sequences, key, seed=self.config.seed, progress=step.update, **options)
 
     def merge(self, lora: Any, scale: float) -> None:
         """Merges an adapter (host arrays without a leading axis of edits) into the weights; `scale` is its alpha / rank."""

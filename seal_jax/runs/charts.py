@@ -17,7 +17,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Stand-ins that are swapped for the page's colours in the finished SVG.
 INK, MUTED, GRID, PAPER, MAIN, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper", MAIN: "--main", SECOND: "--second"}
-_STYLE = {
+_PALETTE = (  # the page's (report.html.j2)
+    "svg { --paper: #fff; --ink: #1b1f24; --muted: #5d6670; --line: #d9dee3; --main: #1f5fa8; --second: #b4530b; background: var(--paper); "
+    "font-family: system-ui, sans-serif; } @media (prefers-color-scheme: dark) { svg { --paper: #15181c; --ink: #e4e7ea; --muted: #9aa4ae; "
+    "--line: #363d45; --main: #7db4f2; --second: #f0a15c; } }"
+)
+STYLE = {
     "svg.fonttype": "none",  # text stays text: the page's font, selectable
     "svg.hashsalt": "seal_jax",  # equal runs, equal reports
     "font.size": 10,
@@ -43,6 +48,12 @@ _STYLE = {
 MOST_CONTEXTS = 100  # shown in one panel of `reward_spread`
 
 
+def standalone(figure: Figure, label: str) -> bytes:
+    """The figure as an SVG file, which has the page's colours and font with it."""
+    text = str(_svg(figure, label)).replace(">", f"><style>{_PALETTE}</style>", 1)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}'.encode()
+
+
 def _svg(figure: Figure, label: str) -> Markup:
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -66,7 +77,7 @@ def _svg(figure: Figure, label: str) -> Markup:
 
 def reward_by_round(rounds: Sequence[Mapping[str, Any]]) -> Markup:
     """`rounds`: {"round", "unadapted", "mean", "best"}, the last three (value, low, high) in [0, 1] or None; low and high may be None."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.0), layout="constrained")
         axes = figure.subplots()
         series = (
@@ -86,7 +97,7 @@ def reward_by_round(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set_xlim(min(numbers) - 0.5, max(numbers) + 0.5)
         axes.set_xticks(numbers if len(numbers) <= 20 else axes.get_xticks(), [str(n) for n in numbers] if len(numbers) <= 20 else None)
         axes.set_xlabel("round")
-        _reward_axis(axes, max(v for r in rounds for key in ("best", "mean", "unadapted") for v in r[key] or () if v is not None))
+        reward_axis(axes, max(v for r in rounds for key in ("best", "mean", "unadapted") for v in r[key] or () if v is not None))
         figure.legend(loc="outside right upper")
         return _svg(figure, "Reward by round: mean and best of K self-edits and no adaptation, with 95% intervals")
 
@@ -96,7 +107,7 @@ def reward_spread(panels: Sequence[Mapping[str, Any]]) -> Markup:
 
     Contexts stand side by side in order of their mean reward. A panel of more than `MOST_CONTEXTS` shows evenly spaced ones of them.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 2.5 * len(panels) + 0.5), layout="constrained")  # inches; 620 points of it are for the contexts
         for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
             _spread(axes, panel)
@@ -142,12 +153,12 @@ def _spread(axes: Axes, panel: Mapping[str, Any]) -> None:
     axes.set_xlabel(f"{shown}, in order of mean reward")
     axes.set_xticks([])
     axes.set_xlim(-0.8, max(len(contexts), 8) - 0.2)
-    _reward_axis(axes, 1.0)
+    reward_axis(axes, 1.0)
 
 
 def losses(series: Sequence[tuple[str, Sequence[float | None]]]) -> Markup:
     """M-step losses, a line a round. `series`: (label, loss by step; None where it was not finite)."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
         axes = figure.subplots()
         for i, (label, values) in enumerate(series):
@@ -172,7 +183,7 @@ def losses(series: Sequence[tuple[str, Sequence[float | None]]]) -> Markup:
         return _svg(figure, "M-step loss by step, a line a round")
 
 
-def _reward_axis(axes: Axes, top: float) -> None:
+def reward_axis(axes: Axes, top: float) -> None:
     top = min(1.0, max(0.1, top * 1.1))
     axes.set_ylim(-0.02 * top, top * 1.02)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

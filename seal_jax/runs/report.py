@@ -21,7 +21,7 @@ import yaml
 
 from seal_jax import tasks
 from seal_jax.errors import SealError
-from seal_jax.runs import charts, continual_view, files, lock, store, table
+from seal_jax.runs import charts, continual_view, files, health, lock, store, table
 from seal_jax.runs.events import read_events
 from seal_jax.runs.places import Place
 from seal_jax.tasks.base import View
@@ -45,7 +45,7 @@ def write_report(run_folder: str | os.PathLike[str] | Place) -> Place:
     loader = jinja2.PackageLoader("seal_jax", "runs")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "percent": table.percent, "interval": table.interval}
-    environment.filters |= {"duration": duration, "number": "{:,}".format, "counted": counted}
+    environment.filters |= {"duration": duration, "number": "{:,}".format, "counted": counted, "bytes": in_bytes}
     try:
         page = environment.get_template("report.html.j2").render(view(folder))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, jinja2.UndefinedError) as error:
@@ -77,6 +77,11 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def in_bytes(number: float) -> str:
+    """ "812 MB", "13.4 GB"."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def counted(number: int, what: str) -> str:
@@ -164,6 +169,7 @@ def view(folder: Place) -> dict[str, Any]:
         "counts": [{"phase": name, **_counts(contexts)} for name, contexts in phases],
         "problems": collections.Counter(e["problem"] for _, cs in phases for c in cs for e in c["edits"] if e["problem"]).most_common(8),
         "skipped": _skipped(events),
+        "health": health.summary(events),
         "seconds": [(STAGES.get(stage, stage), spent) for stage, spent in seconds.items() if spent > 0],
         "examples_source": shown_source,
         "examples": [_example(label, context) for label, context in _pick(shown_contexts)],

@@ -53,7 +53,7 @@ _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed whi
 # Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
 # speed: by the rule that no result depends on its neighbours, slots or devices, the latter move results by rounding only.
 FREE_KEYS = (
-    *("name", "run_dir"),
+    *("name", "run_dir", "track.*"),
     *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
     *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
     "executor.*",
@@ -104,7 +104,7 @@ class RunStore:
             existed = _is_run(self.folder)
             # A run without results, stopped by a wrong path in its config say, may go on with whatever config is right.
             free = FREE_KEYS if self._names() else ("*",)
-            changed = _compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
+            changed = compare(config_lib.load(self.folder / CONFIG), config, self.folder, free) if existed else {}
             with files.faults(self.folder):
                 for left in self.folder.rglob(f".*{files.TEMPORARY}"):
                     left.unlink(missing_ok=True)
@@ -341,7 +341,7 @@ def _is_run(folder: Place) -> bool:
     return False
 
 
-def _compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: Place, free: Sequence[str]) -> dict[str, list[Any]]:
+def compare(old: config_lib.RunConfig, new: config_lib.RunConfig, folder: Place, free: Sequence[str]) -> dict[str, list[Any]]:
     """The keys of the patterns `free` that differ, as {key: [old, new]}. Raises `SealError` at the first other key that does."""
     before, after = _flatten(config_lib.to_dict(old)), _flatten(config_lib.to_dict(new))
     changed = {}

@@ -45,11 +45,15 @@ def format_table(table: Mapping[str, Any]) -> str:
     rows = table.get("rows", [])
     if not rows:
         return "no results yet"
-    columns = _continual(rows, table["reference"]) if table.get("kind") == "continual" else _accuracies(rows)
+    return aligned(_continual(rows, table["reference"]) if table.get("kind") == "continual" else _accuracies(rows), table.get("notes", []))
+
+
+def aligned(columns: Sequence[Column], notes: Sequence[str] = ()) -> str:
+    """Columns of equally many cells as plain text, each as wide as it needs, with the notes below."""
     widths = [max(len(head), *map(len, cells)) for head, _, cells in columns]
     lines = [_line([head for head, _, _ in columns], columns, widths), "  ".join("-" * width for width in widths)]
-    lines += [_line([cells[i] for _, _, cells in columns], columns, widths) for i in range(len(rows))]
-    return "\n".join([*lines, *(f"  {note}" for note in table.get("notes", []))])
+    lines += [_line(row, columns, widths) for row in zip(*(cells for _, _, cells in columns), strict=True)]
+    return "\n".join([*lines, *(f"  {note}" for note in notes)])
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -59,18 +63,18 @@ def _accuracies(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         ("statistic", "<", [row["statistic"] for row in rows]),
         ("contexts", ">", [str(row["contexts"]) for row in rows]),
         ("questions", ">", [str(row["questions"]) for row in rows]),
-        ("accuracy %", ">", _figures([(row.get("mean"), row.get("low"), row.get("high")) for row in rows], percent)),
+        ("accuracy %", ">", estimates([(row.get("mean"), row.get("low"), row.get("high")) for row in rows], percent)),
     ]
     if any(row.get("gain") is not None for row in rows):
         gains = [(row.get("gain"), row.get("gain_low"), row.get("gain_high")) for row in rows]
-        columns.append((GAIN, ">", _figures(gains, _signed)))
+        columns.append((GAIN, ">", estimates(gains, signed)))
     return columns + _counts(rows, ["ungraded"])
 
 
 def _continual(rows: Sequence[Mapping[str, Any]], reference: str) -> list[Column]:
     columns = [(what, "<" if what == "method" else ">", [str(row[what]) for row in rows]) for what in ("method", "sequences", "passages")]
     for head, what, show in continual_columns(rows, reference):
-        columns.append((head, ">", _figures([row[what] or (None, None, None) for row in rows], show)))
+        columns.append((head, ">", estimates([row[what] or (None, None, None) for row in rows], show)))
     return columns + _counts(rows, COUNTS)
 
 
@@ -79,15 +83,15 @@ def continual_columns(rows: Sequence[Mapping[str, Any]], reference: str) -> list
     columns = [
         ("newest %", "newest", percent),
         ("earlier %", "earlier", percent),
-        ("backward", "backward", _signed),
+        ("backward", "backward", signed),
         ("perplexity", "perplexity", figure),
-        (f"newest, to {reference}", "newest_difference", _signed),
-        (f"earlier, to {reference}", "earlier_difference", _signed),
+        (f"newest, to {reference}", "newest_difference", signed),
+        (f"earlier, to {reference}", "earlier_difference", signed),
     ]
     return [column for column in columns if any(row[column[1]] for row in rows)]
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     return percent(value, sign=True)
 
 
@@ -95,11 +99,11 @@ def _counts(rows: Sequence[Mapping[str, Any]], keys: Iterable[str]) -> list[Colu
     return [(COUNTS[key], ">", [str(row[key]) for row in rows]) for key in keys if any(row.get(key) for row in rows)]
 
 
-def _figures(estimates: Sequence[Sequence[float | None]], show: Callable[[float | None], str]) -> list[str]:
+def estimates(found: Sequence[Sequence[float | None]], show: Callable[[float | None], str]) -> list[str]:
     """A cell an estimate (mean, low, high), the figures and the brackets each below one another."""
-    brackets = [bracket(low, high, show) for _, low, high in estimates]
+    brackets = [bracket(low, high, show) for _, low, high in found]
     width = max(map(len, brackets))
-    return [f"{show(mean)} {text:>{width}}" if width else show(mean) for (mean, _, _), text in zip(estimates, brackets, strict=True)]
+    return [f"{show(mean)} {text:>{width}}" if width else show(mean) for (mean, _, _), text in zip(found, brackets, strict=True)]
 
 
 def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]) -> str:

@@ -62,13 +62,14 @@ def generate(
     rows: int,
     lora: Any = None,
     mesh: Mesh | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[..., None] | None = None,
 ) -> list[Generated]:
     """What the model continues each prompt with, in the order of `requests`.
 
     `rows` sequences are decoded at once by each shard of `mesh` (default: one device). `lora`: adapters stacked [E, ...] with their scale
     folded in (`models.lora.scaled`), dealt out over the shards, among which `Request.adapter` chooses; None: the bare model, and the
-    requests are dealt out. `progress` is called with the number of finished requests.
+    requests are dealt out. `progress` is called with the number of requests that have finished since, their new tokens (stop tokens
+    included) as `tokens`, and the number of requests that wait for a row as `waiting`.
     Raises ValueError for an empty prompt, for `max_tokens` below 1, for an adapter that is not there, and for a constraint without
     `stop` ids to end it with.
     """
@@ -83,6 +84,7 @@ def generate(
     # No more than there are, but for a rounding that keeps the number of programs small.
     at_once = min(max(1, rows // each), _power_of_two(max(map(len, shards))))
     model = _Model(decoder, mesh, packed(params), tuple(stop), *_guide(requests, stop, decoder.spec.vocab_size, mesh))
+    left = len(requests)
     for start in range(0, max(map(len, shards)), at_once):
         group: list[int | None] = []  # the adapters of the pool, as many from each shard
         for queues in shards:
@@ -93,11 +95,14 @@ def generate(
             local = np.asarray([(a or 0) % (count // len(shards)) for a in group], np.int32)
             own = device.take(mesh, lora, mesh_lib.put(local, mesh_lib.edit_sharding(mesh)))
         waiting = [[] if a is None else shards[i // at_once][a] for i, a in enumerate(group)]
-        for ended in _Pool(model, own, requests, waiting, each).run():
+        pool = _Pool(model, own, requests, waiting, each)
+        for ended in pool.run():
             for i, generated in ended:
                 results[i] = generated
+            left -= len(ended)
             if progress is not None and ended:
-                progress(len(ended))
+                tokens = sum(len(generated.tokens) + generated.stopped for _, generated in ended)
+                progress(len(ended), tokens=tokens, waiting=left - len(pool.owner))
     return results  # type: ignore[return-value]
 
 

@@ -105,11 +105,13 @@ class SftEngine:
         resume: Saved | None = None,
         save: Callable[[Saved], None] | None = None,
         checkpoint_every: int | None = None,
+        save_now: Callable[[], bool] | None = None,
     ) -> Tuned:
         """Trains on `sequences`; `params` stay as they are. `key` names the random draws: the initial adapter and the epoch orders.
 
         `progress` is called with the number of real tokens of each step that ended. `save` is called after every `checkpoint_every` steps
-        but the last with the whole state as nested dicts of numpy arrays: "weights", "mu", "nu" (float32), and "losses" [steps taken].
+        but the last, and after any for which `save_now`, asked after each, says so, with the whole state as nested dicts of numpy arrays:
+        "weights", "mu", "nu" (float32), and "losses" [steps taken].
         Given as `resume` to a call that is otherwise the same, the run goes on from there and ends as if it had not stopped. In a run of
         several processes all of them save, and all must resume from the same.
 
@@ -142,7 +144,8 @@ class SftEngine:
                 done.block_until_ready()
                 if progress is not None:
                     progress(real)
-            if save is not None and checkpoint_every and (number + 1) % checkpoint_every == 0 and number + 1 < len(steps):
+            regular = checkpoint_every and (number + 1) % checkpoint_every == 0 and number + 1 < len(steps)
+            if save is not None and ((save_now is not None and save_now()) or regular):
                 save(_saved(state, losses))
         return Tuned(state.weights, _values(losses), waste)
 

@@ -208,6 +208,10 @@ class Task(Protocol):
 class Given(Protocol):
     """What a task may have besides `Task`; each method may be missing. What it gives stands in for what would be made or measured."""
 
+    def chosen(self) -> Sequence[str]:
+        """The settings of the inner loop (names of `config.FitConfig`) that self-edits choose for themselves, whatever the config has."""
+        ...
+
     def given_edits(self, context: Context) -> Sequence[str] | None:
         """The self-edits of the context, in order, instead of the policy's; None where the policy writes them."""
         ...

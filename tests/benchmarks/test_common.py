@@ -8,6 +8,7 @@ import pytest
 from benchmarks import common, shapes
 from seal_jax.config import LoraConfig
 from seal_jax.models import lora
+from seal_jax.parallel import cost
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen2.5-0.5b", 0.494), ("qwen2.5-1.5b", 1.544), ("qwen2.5-7b", 7.616)])
@@ -31,13 +32,13 @@ def test_trained_flops_by_hand():
     adapter = 2 * 4 * (32 + 32 + 32 + 16)
     assert shapes.matrix_parameters(spec) == linear and lora.count(spec, 4, config.targets) == adapter
     pairs = 3 * 4 / 2  # of tokens in which one sees the other, itself included
-    assert shapes.trained_flops(spec, config, [3]) == 3 * (4 * linear + 6 * adapter) + 12 * 2 * 32 * pairs
-    assert shapes.trained_flops(spec, config, [3, 3]) == 2 * shapes.trained_flops(spec, config, [3])
+    assert cost.trained_flops(spec, config, [3]) == 3 * (4 * linear + 6 * adapter) + 12 * 2 * 32 * pairs
+    assert cost.trained_flops(spec, config, [3, 3]) == 2 * cost.trained_flops(spec, config, [3])
 
 
 def test_an_edit_of_the_7b_shape_costs_what_was_estimated():
     """The estimate is 1.1e14 to 1.7e14 FLOP for 3,650 tokens, 43 at a time."""
-    total = shapes.trained_flops(shapes.SHAPES["qwen2.5-7b"], LoraConfig(), [43] * 85)
+    total = cost.trained_flops(shapes.SHAPES["qwen2.5-7b"], LoraConfig(), [43] * 85)
     assert 1.0e14 < total < 1.7e14
 
 

@@ -63,8 +63,15 @@ def test_a_request_does_not_depend_on_its_company(world):
     """More requests than rows, in any order, with any neighbours: each as it is alone."""
     model, decoder, requests, alone = world
     seen = []
-    assert generate(decoder, model.params, requests, stop=STOP, rows=ROWS, progress=seen.append) == alone
-    assert sum(seen) == len(requests) and len(seen) > 1
+
+    def progress(n, tokens, waiting):
+        seen.append((n, tokens, waiting))
+
+    assert generate(decoder, model.params, requests, stop=STOP, rows=ROWS, progress=progress) == alone
+    ended, tokens, waiting = zip(*seen, strict=True)
+    assert sum(ended) == len(requests) and len(seen) > 1
+    assert sum(tokens) == sum(len(g.tokens) + g.stopped for g in alone)
+    assert waiting[0] == len(requests) - ROWS and waiting[-1] == 0 and sorted(waiting, reverse=True) == list(waiting)
     order = np.random.default_rng(0).permutation(len(requests))
     assert generate(decoder, model.params, [requests[i] for i in order], stop=STOP, rows=ROWS) == [alone[i] for i in order]
     assert generate(decoder, model.params, requests[3:7], stop=STOP, rows=ROWS) == alone[3:7]

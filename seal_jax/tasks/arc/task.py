@@ -80,6 +80,9 @@ class ArcTask:
             self._contexts[split] = sources.load(line, split, ids)
         return self._contexts[split]
 
+    def chosen(self) -> Sequence[str]:
+        return ("learning_rate", "epochs")
+
     def edit_prompt(self, context: Context) -> Prompt:
         return dataclasses.replace(messages.edit_prompt(_puzzle(context)), schema=self._schema)
 

@@ -62,6 +62,9 @@ class KnowledgeTask:
             self._contexts[split] = [_with_edits(context, edits == "given") for context in sources.load(line, split, c.shuffle)]
         return self._contexts[split]
 
+    def chosen(self) -> Sequence[str]:
+        return () if self.config.directives is None else ("learning_rate", "epochs")
+
     def given_edits(self, context: Context) -> Sequence[str] | None:
         return context.payload.get("completions")
 
