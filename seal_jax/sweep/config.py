@@ -34,7 +34,7 @@ from seal_jax.sweep.space import Choices, Range, Settings, Space
 class ResourcesConfig:
     """What Ray gives to one trial."""
 
-    cpu: float = 1  # cores; XLA starts no more threads than so many work on
+    cpu: int = 1  # cores; XLA's thread pools have as many threads
     gpu: float = 0  # a share below 1 is a share of its memory
     tpu: int = 0  # chips of one host: 1, 2, 4 or 8
 
@@ -64,7 +64,7 @@ class SweepConfig:
 
 
 CHOICES = {"run": (None, "train", "evaluate"), "search": ("grid", "random", "optuna", "lanes"), "resources.tpu": (0, 1, 2, 4, 8)}
-AT_LEAST = {"trials": 1, "seed": 0, "concurrent": 1, "resources.cpu": 0, "resources.gpu": 0}
+AT_LEAST = {"trials": 1, "seed": 0, "concurrent": 1, "resources.cpu": 1, "resources.gpu": 0}
 OWN = ("name", "run_dir")  # config keys that are each trial's own
 
 

@@ -29,11 +29,11 @@ class Job:
 
 def environment(resources: ResourcesConfig) -> dict[str, str]:
     """What a trial's process is told before JAX starts. Which GPUs and TPU chips it sees is Ray's to say."""
-    found = {"NPROC": str(max(1, int(resources.cpu)))}  # by which XLA sizes its thread pools; otherwise one thread a core of the machine
+    found = {"NPROC": str(resources.cpu)}  # by which XLA sizes its thread pools; otherwise one thread a core of the machine
     if not resources.gpu and not resources.tpu:
         found["JAX_PLATFORMS"] = "cpu"  # or trials that were given no accelerator would all start on the same
-    elif resources.gpu % 1:
-        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * (resources.gpu % 1):.3f}"
+    elif 0 < resources.gpu < 1:
+        found["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * resources.gpu:.3f}"  # by default, each takes three quarters of the GPU
     return found
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -82,19 +83,21 @@ def check(resources: ResourcesConfig, there: dict[str, float]) -> None:
 
 def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], measure: Measure = trial_lib.measure) -> None:
     """Runs the trials that are not finished in the records `known`; `keep` is given the record of each whenever it has changed."""
+    known = [record for record in known if sweep.has(record["settings"])]  # the folder may hold trials of another space as well
     finished = [record for record in known if record["status"] in FINISHED]
-    done = {record["trial"] for record in finished}
     options: dict[str, Any] = {"num_samples": 1}
     space: dict[str, Any] = {}
     if sweep.config.search == "optuna":
         from seal_jax.sweep.optuna_search import OptunaTrials
 
-        left = sweep.config.trials - len(finished)
+        total = sweep.config.trials
+        left = total - len(finished)
         begun = [record["settings"] for record in known if record["status"] not in FINISHED]
         options = {"num_samples": left, "search_alg": OptunaTrials(sweep, finished, begun)}
     else:
-        missing = [settings for settings in sweep.settings() if space_lib.digest(settings) not in done]
-        left = len(missing)
+        wanted, done = sweep.settings(), {record["trial"] for record in finished}
+        missing = [settings for settings in wanted if space_lib.digest(settings) not in done]
+        total, left = len(wanted), len(missing)
         space = {"settings": tune.grid_search([json.dumps(settings) for settings in missing])}
     if left <= 0:
         return
@@ -108,7 +111,11 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
             if told["round"] < job.config.rest_em.rounds:  # after the last one a trial is not to be stopped: its evaluation follows
                 tune.report({"reward": _number(told["rewards"][-1]), "round": told["round"], "told": json.dumps(told)})
 
-        told = measure(job.run, job.config, report)
+        try:
+            told = measure(job.run, job.config, report)
+        except Exception:
+            traceback.print_exc()  # into the log: the table has a line
+            raise
         last = {"reward": _number((told["rewards"] or [None])[-1]), "round": told["round"]}
         tune.report({**last, "value": _number(table_lib.score(told)), "told": json.dumps(told)})
 
@@ -127,7 +134,7 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
                 **options,
             ),
             run_config=tune.RunConfig(
-                name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Records(sweep, len(done), keep, known)]
+                name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Records(sweep, total - left, total, keep, known)]
             ),
         )
         tuner.fit()
@@ -164,9 +171,8 @@ def scheduler(sweep: Sweep, finished: Sequence[Record]) -> ASHAScheduler | None:
 class Records(tune.Callback):
     """Turns what Ray says of its trials into records and a line of progress each."""
 
-    def __init__(self, sweep: Sweep, done: int, keep: Callable[[Record], None], known: Sequence[Record]):
-        self._sweep, self._keep, self._done = sweep, keep, done
-        self._total = sweep.config.trials if sweep.config.search == "optuna" else len(sweep.settings())
+    def __init__(self, sweep: Sweep, done: int, total: int, keep: Callable[[Record], None], known: Sequence[Record]):
+        self._sweep, self._keep, self._done, self._total = sweep, keep, done, total
         self._failed: list[Any] = []
         self._before = {record["trial"]: record for record in known}
 

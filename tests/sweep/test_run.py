@@ -85,7 +85,6 @@ def test_a_trial_tells_the_rounds_of_its_run(tiny_run, tmp_path, monkeypatch, qu
     ("resources", "told"),
     [
         (ResourcesConfig(), {"NPROC": "1", "JAX_PLATFORMS": "cpu"}),
-        (ResourcesConfig(cpu=0.5), {"NPROC": "1", "JAX_PLATFORMS": "cpu"}),
         (ResourcesConfig(cpu=8, gpu=1), {"NPROC": "8"}),
         (ResourcesConfig(cpu=2, gpu=0.5), {"NPROC": "2", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.450"}),
         (ResourcesConfig(cpu=4, tpu=4), {"NPROC": "4"}),

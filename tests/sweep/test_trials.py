@@ -8,6 +8,7 @@ import types
 import pytest
 
 from seal_jax import cli
+from seal_jax.runs import files
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import run as sweep_run
 from seal_jax.sweep import table as table_lib
@@ -103,6 +104,8 @@ def test_optuna_goes_on_from_what_is_known_and_asha_stops_trials(stand_in, write
     made = []
     real = optuna_search.OptunaTrials
     monkeypatch.setattr(optuna_search, "OptunaTrials", lambda *given: made.append(real(*given)) or made[0])
+    other = {**json.loads(json.dumps(rows[0])), "trial": "other", "settings": {"fit.epochs": 3}, "table": None}
+    files.write_atomic(stand_in.parent / "sweep/records/other.json", files.dump(other))  # of another space, which is not ours to count
     more = sweep_run.run(sweep_config.load(write_sweep(**{**said, "trials": 3})))["rows"]
     assert len(more) == 3 and [row for row in more if row["settings"] in [r["settings"] for r in rows]] == rows
     assert len(stand_in.read_text().splitlines()) == 3, "only what is new was run"
