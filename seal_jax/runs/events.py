@@ -76,6 +76,7 @@ class UploadedEventLog(EventLog):
             local.write_bytes(path.read_bytes())
         super().__init__(local)
         self._sent = local.stat().st_size
+        self._sending = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._send_now_and_then, name="seal_jax events", daemon=True)
         self._thread.start()
@@ -86,10 +87,17 @@ class UploadedEventLog(EventLog):
                 self._send()
 
     def _send(self) -> None:
-        data = self.path.read_bytes()
-        if len(data) > self._sent and self._mine():
-            self.target.write_bytes(data)
-            self._sent = len(data)
+        with self._sending:
+            data = self.path.read_bytes()
+            if len(data) > self._sent and self._mine():
+                self.target.write_bytes(data)
+                self._sent = len(data)
+
+    def append(self, event: str, /, **fields: Any) -> None:
+        super().append(event, **fields)
+        if event == "stopped":  # perhaps the last that this process does (`seal_jax.preemption`)
+            with contextlib.suppress(OSError):  # `close` tells
+                self._send()
 
     def close(self) -> None:
         super().close()

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
-from seal_jax.runs import events, health
+from seal_jax.runs import events, files, health
+from seal_jax.runs.places import Place
 from seal_jax.runs.store import EVENTS, RunStore
 
 STEP = ("tokens", "tokens_per_s", "utilisation", "compiled", "compile_seconds", "memory", "memory_peak", "waiting")  # drawn of a step
@@ -32,10 +34,12 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard/` of the run."""
+    """Event files in the folder `tensorboard/` of the run; in an object store they are there at the end."""
 
-    def __init__(self, module: ModuleType, folder: pathlib.Path):
-        self._writer = module.SummaryWriter(str(folder / "tensorboard"))
+    def __init__(self, module: ModuleType, folder: Place):
+        self._stack = contextlib.ExitStack()
+        here = self._stack.enter_context(files.staged(folder / "tensorboard"))
+        self._writer = module.SummaryWriter(str(here))
 
     def add(self, axis: str, at: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -43,14 +47,16 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with self._stack:
+            self._writer.close()
 
 
 class Wandb:
     """A run of Weights & Biases; a run that goes on here goes on there."""
 
-    def __init__(self, module: ModuleType, folder: pathlib.Path, config: config_lib.RunConfig, identity: str):
-        options = {"name": config.name, "id": identity, "resume": "allow", "dir": str(folder), "config": config_lib.to_dict(config)}
+    def __init__(self, module: ModuleType, folder: Place, config: config_lib.RunConfig, identity: str):
+        here = folder if isinstance(folder, pathlib.Path) else tempfile.gettempdir()
+        options = {"name": config.name, "id": identity, "resume": "allow", "dir": str(here), "config": config_lib.to_dict(config)}
         try:
             self._run = module.init(project=config.track.wandb, **options)
         except Exception as error:  # wandb's own, for want of a key or of the network

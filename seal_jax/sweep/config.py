@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from seal_jax import config as config_lib
 from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
+from seal_jax.runs.places import Place, place
 from seal_jax.sweep import space as space_lib
 from seal_jax.sweep.space import Choices, Range, Settings, Space
 
@@ -84,8 +85,8 @@ class Sweep:
         return self.config.run or ("evaluate" if self.config.search == "lanes" else "train")
 
     @property
-    def folder(self) -> pathlib.Path:
-        return pathlib.Path(self.config.run_dir)
+    def folder(self) -> Place:
+        return place(self.config.run_dir)
 
     @property
     def rounds(self) -> int:

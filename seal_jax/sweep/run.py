@@ -25,7 +25,9 @@ from seal_jax import tasks
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
 from seal_jax.runs import files
-from seal_jax.runs.store import CONFIG, FREE_KEYS, LOCK, Damaged, compare, read_unit
+from seal_jax.runs.lock import LOCK
+from seal_jax.runs.places import ObjectPath
+from seal_jax.runs.store import CONFIG, FREE_KEYS, Damaged, compare, read_unit
 from seal_jax.sweep import plot
 from seal_jax.sweep import space as space_lib
 from seal_jax.sweep import table as table_lib
@@ -43,6 +45,8 @@ def run(sweep: Sweep) -> dict[str, Any]:
     refuse_settings_that_edits_choose(sweep)
     if sweep.config.search == "lanes":
         return _lanes(sweep)
+    if isinstance(sweep.folder, ObjectPath):
+        raise SealError(f"run_dir={sweep.folder}: only a sweep of lanes can be in a bucket (search=lanes); give a folder")
     try:
         from seal_jax.sweep import trials
 

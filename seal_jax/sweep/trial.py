@@ -71,7 +71,7 @@ def measure(run: str, config: RunConfig, report: Callable[[dict[str, Any]], None
         report(told())
 
     if run == "train":
-        table, policy = loop.train(config, after_round), loop.policy_name(config.rest_em.rounds)
+        table, policy = loop.train(config, after_round=after_round), loop.policy_name(config.rest_em.rounds)
     else:
         table, policy = loop.evaluate_only(config), loop.policy_name(0)
     return {**told(), "table": table, "result": table_lib.result(table, policy)}

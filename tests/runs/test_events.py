@@ -64,6 +64,16 @@ def test_a_store_has_a_copy_after_a_while(tmp_path, monkeypatch):
     assert [e["event"] for e in read_events(path)] == ["first", "second", "third"]
 
 
+def test_why_a_run_stopped_is_in_the_store_at_once(tmp_path):
+    path = place(f"memory:/{tmp_path}/events.jsonl")
+    log = UploadedEventLog(path)
+    log.append("first")
+    assert read_events(path) == []
+    log.append("stopped", error="told to end")
+    assert [e["event"] for e in read_events(path)] == ["first", "stopped"]
+    log.close()
+
+
 def out_of_reach(self, data):
     raise OSError(5, "no answer", str(self))
 

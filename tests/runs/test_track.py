@@ -1,6 +1,7 @@
 """Curves for TensorBoard and Weights & Biases, and the profiler's trace: of a tiny run, which they leave as it is."""
 
 import dataclasses
+import pathlib
 import struct
 import sys
 import types
@@ -11,6 +12,7 @@ from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
 from seal_jax.runs import health, track
+from seal_jax.runs.places import place
 from seal_jax.runs.store import RunStore
 
 
@@ -94,3 +96,17 @@ def test_what_wandb_refuses_is_one_line(settings, wandb):
     wandb.init = init
     with pytest.raises(SealError, match=r"^track.wandb='ours': no API key configured. Use `wandb login`$"):
         loop.train(dataclasses.replace(settings, track=config_lib.TrackConfig(wandb="ours")))
+
+
+def test_curves_of_a_run_in_a_store_are_there_at_its_end(tmp_path):
+    module = pytest.importorskip("tensorboardX")
+    folder = place(f"memory:/{tmp_path}/run")
+    board = track.TensorBoard(module, folder)
+    board.add("step", 1, {"fit/tokens": 7.0})
+    board.close()
+    assert points(folder / "tensorboard") == {"fit/tokens": [(1, 7.0)]}
+
+
+def test_wandb_keeps_its_own_files_on_this_machine(settings, wandb, tmp_path):
+    track.Wandb(wandb, place("memory://bucket/run"), settings, "id")
+    assert pathlib.Path(wandb.started[0]["dir"]).is_dir()

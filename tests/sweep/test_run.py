@@ -97,3 +97,10 @@ def test_a_trials_process_has_what_it_was_given(resources, told):
 def test_an_error_is_one_line():
     assert trial_lib.reason(SealError("a: b")) == "a: b"
     assert trial_lib.reason(ValueError("x\n  y")) == "ValueError: x y" and trial_lib.reason(KeyError()) == "KeyError"
+
+
+def test_trials_in_a_bucket_are_refused_before_anything_is_made(write_sweep):
+    sweep = sweep_config.load(write_sweep(space={"fit.epochs": [1]}, run_dir="memory://bucket/sweep"))
+    with pytest.raises(SealError, match=r"run_dir=memory://bucket/sweep: only a sweep of lanes can be in a bucket"):
+        sweep_run.run(sweep)
+    assert not sweep.folder.exists()
