@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from seal_jax.runs import charts
 from seal_jax.sweep import space as space_lib
@@ -46,6 +46,9 @@ def _key(axes: Axes, key: str, dimension: Choices | Range, rows: Sequence[dict[s
     if isinstance(dimension, Range):
         places = [float(value) for value in values]
         axes.set_xscale("log" if dimension.log else "linear")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5) if dimension.log else MaxNLocator(4))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         choices = [space_lib.shown(value) for value in dimension.values]
         of_choice = [[row for row in rows if row["settings"][key] == value] for value in dimension.values]
