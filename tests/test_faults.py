@@ -25,27 +25,48 @@ files.write_atomic = write
 
 
 TOLD = "seal-jax: told to end (SIGTERM); nothing finished is lost, the same command goes on"
+# One after another, on one run: killed when a file appears, killed by the code above, told to end within a step.
+FAULTS = (
+    ("evaluate/before/000.json", ""),
+    ("SIGTERM", "writing self-edits (evaluate"),
+    ("SIGTERM", "fitting (rounds 1"),
+    ("rounds/1/selection.json", ""),
+    ("SIGTERM", "M-step"),
+    (".1.new*orbax-checkpoint-tmp*", IN_ORBAX),
+    (".1.new", BEFORE_THE_MANIFEST),
+    ("rounds/1/m_step.json", ""),
+    ("evaluate/after/001.json", ""),
+)
 
 
 def test_one_fault_after_another_and_continued_equals_unbroken(start, pause, wait_for, ended, tiny_config, tiny_run, tmp_path, same_run):
-    folder, said = tmp_path / "run", tmp_path / "said"
-    for number, what in enumerate(("writing self-edits (evaluate", "fitting (rounds 1", "M-step")):  # told to end at each kind of work
-        mark = tmp_path / f"mark{number}"
-        process = start("train", tiny_config, said=said, before=pause(what, mark))
-        wait_for(mark, process)
-        os.kill(process.pid, signal.SIGTERM)
-        assert ended(process) == 143
-        assert said.read_text().splitlines()[-1] == TOLD and "Traceback" not in said.read_text()
-        stops = [e["error"] for e in read_events(folder / "events.jsonl") if e["event"] == "stopped"]
-        assert stops[number:] == ["Preempted: told to end (SIGTERM)"]
-    for before, left in ((IN_ORBAX, ".1.new*orbax-checkpoint-tmp*"), (BEFORE_THE_MANIFEST, ".1.new")):
-        assert ended(start("train", tiny_config, before=before), 200) == -signal.SIGKILL
-        assert list((folder / "policy").glob(left)) and not checkpoint.is_complete(folder / "policy" / "1")
-    assert ended(start("train", tiny_config), 200) == 0
+    folder, said, mark = tmp_path / "run", tmp_path / "said", tmp_path / "mark"
+
+    def command(before=""):  # by its config first, then by its folder
+        return start("train", folder if (folder / "config.yaml").exists() else tiny_config, said=said, before=before)
+
+    for where, what in FAULTS:
+        if where == "SIGTERM":
+            mark.unlink(missing_ok=True)
+            process = command(pause(what, mark))
+            wait_for(mark, process)
+            os.kill(process.pid, signal.SIGTERM)
+            assert ended(process) == 143
+            assert said.read_text().splitlines()[-1] == TOLD and "Traceback" not in said.read_text()
+            last = read_events(folder / "events.jsonl")[-1]
+            assert (last["event"], last["error"]) == ("stopped", "Preempted: told to end (SIGTERM)")
+        elif what:
+            assert ended(command(what), 200) == -signal.SIGKILL
+            assert list((folder / "policy").glob(where)) and not checkpoint.is_complete(folder / "policy" / "1")
+        else:
+            process = command()
+            wait_for(folder / where, process)
+            process.kill()
+            process.join()
+    assert ended(command(), 200) == 0
     same_run(folder, tiny_run)
     assert sorted(path.name for path in (folder / "policy").iterdir()) == ["1", "2"]
-    events = read_events(folder / "events.jsonl")
-    done = [e["unit"] for e in events if e["event"] == "unit_done"]
+    done = [e["unit"] for e in read_events(folder / "events.jsonl") if e["event"] == "unit_done"]
     assert len(done) == len(set(done)), "nothing is computed twice"
 
 
