@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-from seal_jax.runs.events import read_events
 from seal_jax.runs.places import place
 
 # The command without torch, as on a user's machine; importing it takes seconds.
@@ -67,35 +66,6 @@ def test_bad_input_to_the_real_command(tiny_config):
 
 
 # --- SIGKILL --------------------------------------------------------------------------------------------------------
-
-MOMENTS = (
-    "evaluate/before/000.json",
-    "rounds/1/e_step/001.json",
-    "rounds/1/selection.json",
-    "policy/1",
-    "rounds/1/m_step.json",
-    "evaluate/after/001.json",
-    "table.json",
-)
-
-
-def test_killed_at_every_stage_and_continued_equals_unbroken(start, tiny_config, tiny_run, tmp_path, same_run):
-    folder = tmp_path / "run"
-    for moment in MOMENTS:
-        # By its config first, then by its folder.
-        process = start("train", folder if (folder / "config.yaml").exists() else tiny_config)
-        end = time.monotonic() + 200
-        while not (folder / moment).exists():
-            assert process.is_alive() and time.monotonic() < end, f"{moment} did not come"
-            time.sleep(0.002)
-        process.kill()
-        process.join()
-    process = start("train", folder)
-    process.join(200)
-    assert process.exitcode == 0
-    same_run(folder, tiny_run)
-    started = [e for e in read_events(folder / "events.jsonl") if e["event"] in ("created", "opened")]
-    assert len(started) in (len(MOMENTS), len(MOMENTS) + 1), "each process has worked on it, but perhaps the first, killed at once"
 
 
 def test_killed_and_continued_in_a_bucket_equals_unbroken_on_the_disk(start, bucket, tiny_config, tiny_run, tmp_path, same_run):

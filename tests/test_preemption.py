@@ -45,23 +45,6 @@ def stopped(folder):
     return [e["error"] for e in read_events(folder / "events.jsonl") if e["event"] == "stopped"]
 
 
-def test_told_to_end_at_every_kind_of_work_and_continued_equals_unbroken(
-    start, pause, wait_for, ended, tiny_config, tiny_run, tmp_path, same_run
-):
-    folder, said = tmp_path / "run", tmp_path / "said"
-    for number, what in enumerate(("writing self-edits (evaluate", "fitting (rounds 1", "M-step")):
-        mark = tmp_path / f"mark{number}"
-        process = start("train", tiny_config, said=said, before=pause(what, mark))
-        wait_for(mark, process)
-        os.kill(process.pid, signal.SIGTERM)
-        assert ended(process) == 143
-        assert said.read_text().splitlines()[-1] == LINE and "Traceback" not in said.read_text()
-        assert stopped(folder)[number:] == ["Preempted: told to end (SIGTERM)"]
-    process = start("train", tiny_config)
-    assert ended(process, 200) == 0
-    same_run(folder, tiny_run)
-
-
 def test_told_to_end_while_xla_compiles(start, wait_for, ended, tiny_config, tmp_path):
     said, mark = tmp_path / "said", tmp_path / "mark"
     process = start("train", tiny_config, said=said, before=COMPILE.format(mark=str(mark)))

@@ -288,7 +288,7 @@ def test_what_is_reported(world):
     orders = [plan.epoch_orders(len(j.sequences), j.config.epochs, 1, rng.generator(0, *j.key, "order"), j.config.max_steps) for j in jobs]
     real = sum(len(j.sequences[i].ids) - 1 for j, order in zip(jobs, orders, strict=True) for step in order for i in step)
     assert fitted.waste.tokens == real == sum(seen)
-    assert waiting[-1] == 0 < waiting[0] == len(jobs) - 4 and sorted(waiting, reverse=True) == waiting
+    assert waiting[-1] == 0 < waiting[0] <= len(jobs) - 4 and sorted(waiting, reverse=True) == waiting
     assert fitted.waste.steps == len(seen) and fitted.waste.slots % LENGTH == 0 and 0 < fitted.waste.share < 1
 
 

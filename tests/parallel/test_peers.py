@@ -55,13 +55,20 @@ def test_one_process_told_to_end_ends_all(pair, pause, wait_for, ended, tiny_con
     assert stops(tmp_path) == ["Preempted: told to end (SIGTERM)"]
 
 
+# Self-edits and answers that are known beforehand, so that training is all that is compiled.
+TRAINS_ONLY = """
+from seal_jax.rest_em.policy import Policy
+Policy.write = lambda self, prompts, keys, *_, **__: [["Orsk sells salt." for _ in each] for each in keys]
+Policy.answer = lambda self, probes, *_, **__: [["salt" for _ in each] for each in probes]
+"""
+
+
 def test_all_save_after_the_same_step_and_go_on_from_there(pair, pause, wait_for, ended, write_config, tmp_path):
     """All weights, over two processes, of which the second is told to end in the middle of the training."""
     sft = {"weights": "full", "learning_rate": 0.005, "epochs": 40, "batch_size": 1, "microbatch": 1, "row_length": 192}
     section = {"sizes": [1], "edits": 1, "group": 1, "sft": sft, "checkpoint_every": None}
-    path = write_config(tmp_path, pretraining=section, answer={"max_tokens": 2, "rows": 1}, sample={"max_tokens": 8, "rows": 1})
-    mark = tmp_path / "mark"
-    both = pair("pretrain", path, before=[pause("training on passage only", mark, 0.2), ""])
+    path, mark = write_config(tmp_path, pretraining=section), tmp_path / "mark"
+    both = pair("pretrain", path, before=[TRAINS_ONLY + pause("training on passage only", mark, 0.2), TRAINS_ONLY])
     wait_for(mark, both[0])
     os.kill(both[1].pid, signal.SIGTERM)
     assert [ended(process) for process in both] == [143, 143]
@@ -69,14 +76,15 @@ def test_all_save_after_the_same_step_and_go_on_from_there(pair, pause, wait_for
     (state,) = (tmp_path / "run" / "states").iterdir()
     first = checkpoint.load_adapters(state)[0]["losses"]
     assert 1 <= len(first) < 40
-    assert [ended(process, 200) for process in pair("pretrain", path)] == [0, 0]
+    assert [ended(process, 200) for process in pair("pretrain", path, before=[TRAINS_ONLY] * 2)] == [0, 0]
     losses = RunStore(tmp_path / "run").read("evaluate/0001_passages/000")["losses"]["passage only"]
     assert losses[: len(first)] == first.tolist() and len(losses) == 40 and losses[-1] < losses[0]
 
 
-def test_a_stalled_process_is_not_waited_for(pair, pause, wait_for, ended, start, tiny_config, tiny_run, tmp_path, units):
-    mark = tmp_path / "mark"
-    both = pair("train", tiny_config, before=[pause("writing self-edits", mark, 0.2), ""], silence=4)
+def test_a_stalled_process_is_not_waited_for(pair, pause, wait_for, ended, start, write_config, tiny_run, tmp_path, units):
+    evaluate = {"contexts": 1, "edits": 2, "seeds": 2, "resamples": 200, "group": 1}
+    path, mark = write_config(tmp_path, rest_em={"rounds": 0}, evaluate=evaluate), tmp_path / "mark"
+    both = pair("train", path, before=[pause("writing self-edits", mark, 0.2), ""], silence=4)
     wait_for(mark, both[0])
     os.kill(both[1].pid, signal.SIGSTOP)
     assert ended(both[0]) == 2
@@ -86,8 +94,8 @@ def test_a_stalled_process_is_not_waited_for(pair, pause, wait_for, ended, start
     assert len(stops(tmp_path)) == 1 and told in stops(tmp_path)[0]
     both[1].kill()
     # On one device, because that is compiled already: what is found does not depend on the number of processes.
-    assert ended(start("train", tiny_config), 200) == 0
-    assert units(tmp_path / "run")["table"]["rows"] == units(tiny_run)["table"]["rows"]
+    assert ended(start("train", path), 200) == 0
+    assert units(tmp_path / "run")["evaluate/before/000"] == units(tiny_run)["evaluate/before/000"]
 
 
 # --- One process alone, with a table in its own memory --------------------------------------------------------------
