@@ -110,6 +110,7 @@ def test_weights_of_published_shapes():
         "llama-3.2-1b": 1_235_814_400,
         "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496,
+        "llama-3.3-70b": 70_553_706_496,
     }
 
 
