@@ -73,7 +73,8 @@ def test_few_edits_do_not_get_faster_than_one():
 def test_an_m_step_leaves_shards_idle_and_sums_over_replicas():
     # As compiled: 10 pairs on 2 replicas are 5 microbatches of 200 FLOP, 20 bytes and, on links, 1.5 along edit and 0.5 along tensor.
     ten = scale.m_step(RECORD, RATES, 2, what(50))
-    assert ten.seconds == pytest.approx(10 * max(5 * 200 / 100, (60 + 3 * 20) / 10, 5 * 2.0)) and ten.bottleneck == "M-step: memory bandwidth"
+    assert ten.seconds == pytest.approx(10 * max(5 * 200 / 100, (60 + 3 * 20) / 10, 5 * 2.0))
+    assert ten.bottleneck == "M-step: memory bandwidth"
     alone = scale.m_step(RECORD, scale.Rates(1e9, 1e9, 1.0), 1, what(50))
     assert alone.seconds == pytest.approx(10 * 10 * 0.5), "nothing goes along edit"
     many = [scale.m_step(RECORD, scale.Rates(1e9, 1e9, 1.0), replicas, what(50)).seconds for replicas in (10, 512)]
