@@ -39,7 +39,7 @@ MODELS = {"qwen2.5-7b": "Qwen2.5-7B", "llama-3.3-70b": "Llama-3.3-70B"}
 FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES, "tpu7x": CUBES}
-TOLERANCE = 0.01  # by which a device's bytes, operations and sent bytes may differ between slices; the M-step's may, it shares one batch
+TOLERANCE = 0.01  # by which a device's bytes, operations and sent bytes may differ between slices
 LETTERS = {"compute": "C", "memory bandwidth": "B", "interconnect": "I"}
 
 
@@ -203,8 +203,8 @@ adapters.
 
 ## Why one replica is enough
 
-The same replica, compiled for {small} and for {large}: by how much a device's bytes and operations differ, and how many bytes it sends to
-other replicas in a call.
+The same replica, compiled for {small} and for {large}: by how much a device's bytes and operations differ (of the M-step, which shares one
+batch among all, those of a microbatch), and how many bytes it sends to other replicas in a call.
 
 {proof}
 
@@ -301,13 +301,23 @@ def slice_row(cell: Cell, chips: int, found: Record | None) -> list[str]:
 
 
 def differences(base: Record, larger: Record) -> list[list[float]]:
-    """By what shares bytes and FLOP of a device and bytes sent within a replica differ, a program; a program without any: 0."""
+    """By what shares bytes and FLOP of a device and bytes sent within a replica differ, a program; a program without any: 0.
+
+    The M-step shares one batch among all: of it, the operations and bytes sent are compared a microbatch.
+    """
     rows = []
     for a, b in zip(base["programs"], larger["programs"], strict=True):
-        inside = [sum(p["sent_bytes"].values()) - between(p) for p in (a, b)]
-        pairs = ((a["total_bytes"], b["total_bytes"]), (a["flops"], b["flops"]), inside)
+        inside = [(sum(p["sent_bytes"].values()) - between(p)) / p["items"] for p in (a, b)]
+        pairs = ((a["total_bytes"], b["total_bytes"]), (a["flops"] / a["items"], b["flops"] / b["items"]), inside)
         rows.append([y / x - 1 if x else 0.0 for x, y in pairs])
     return rows
+
+
+def reckoned(base: Record, larger: Record) -> float:
+    """What the M-step of `larger` sends between replicas, as the page reckons it from `base`."""
+    program = next(p for p in larger["programs"] if p["name"] == "M-step")
+    sent = scale.m_step_sent(base, larger["mesh"]["edit"], program["items"])
+    return between({"sent_bytes": sent})
 
 
 def proof_table(base: Record | None, larger: Record | None) -> str:
@@ -318,7 +328,8 @@ def proof_table(base: Record | None, larger: Record | None) -> str:
         for a, b, shares in zip(base["programs"], larger["programs"], differences(base, larger), strict=True)
     ]
     titles = ["program", "bytes a device", "operations a device", "sent within a replica"]
-    return table([*titles, f"sent to others, {base['topology']}", f"sent to others, {larger['topology']}"], rows)
+    found = table([*titles, f"sent to others, {base['topology']}", f"sent to others, {larger['topology']}"], rows)
+    return f"{found}\n\nFor the larger M-step the page reckons {reckoned(base, larger):,.0f} bytes to others."
 
 
 def crossing(records: Records) -> str:

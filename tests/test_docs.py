@@ -103,9 +103,9 @@ def test_replicas_are_alike_and_apart(scale):
         assert all(scale.between(p) < 4096 for p in found["programs"] if p["name"] != "M-step")
     base, larger = records[scale.CELLS[0]], records[scale.PROOF]
     assert larger["mesh"] == base["mesh"] | {"edit": 4 * base["mesh"]["edit"]}
-    shares = scale.differences(base, larger)
-    for p, program in zip(shares, base["programs"], strict=True):
-        assert program["name"] == "M-step" or all(abs(share) < scale.TOLERANCE for share in p), (program["name"], p)
+    for program, shares in zip(base["programs"], scale.differences(base, larger), strict=True):
+        assert all(abs(share) < scale.TOLERANCE for share in shares), (program["name"], shares)
+    assert scale.between(larger["programs"][3]) == pytest.approx(scale.reckoned(base, larger), rel=scale.TOLERANCE)
 
 
 def test_scale_says_what_was_not_compiled(scale):

@@ -106,22 +106,25 @@ def m_step(record: Record, rates: Rates, replicas: int, what: Round) -> Time:
     shards = replicas * mesh["fsdp"]
     steps = what.epochs * math.ceil(what.contexts / what.batch)
     microbatches = math.ceil(min(what.batch, what.contexts) / shards)
-    share = microbatches / program["items"]
-    sent = sum(size * share * _ring(replicas, mesh["edit"], axes, mesh) for axes, size in program["sent_bytes"].items())
+    added = (microbatches - program["items"]) * program["least_bytes_an_item"]
     terms = {
-        "compute": program["flops"] * share / rates.flops,
-        "memory bandwidth": (program["least_bytes_accessed"] + (microbatches - program["items"]) * program["least_bytes_an_item"])
-        / rates.bandwidth,
-        "interconnect": sent / rates.links,
+        "compute": program["flops"] * microbatches / program["items"] / rates.flops,
+        "memory bandwidth": (program["least_bytes_accessed"] + added) / rates.bandwidth,
+        "interconnect": sum(m_step_sent(record, replicas, microbatches).values()) / rates.links,
     }
     limit = max(terms, key=lambda name: terms[name])
     return Time(steps * terms[limit], {f"M-step: {limit}": steps * terms[limit]})
 
 
-def _ring(replicas: int, compiled: int, axes: str, mesh: Record) -> float:
-    """By how much a collective along `axes` sends more on `replicas` than on the `compiled` ones: of n devices each sends (n - 1) / n."""
-    if "edit" not in axes.split("+"):
-        return 1.0
-    others = math.prod(mesh[axis] for axis in axes.split("+") if axis != "edit")
-    before, now = compiled * others, replicas * others
-    return (1 - 1 / now) / (1 - 1 / before)
+def m_step_sent(record: Record, replicas: int, microbatches: int) -> dict[str, float]:
+    """Bytes that a device sends in a step of the M-step of so many microbatches, by axes, from what it sent as compiled.
+
+    Gradients are added up once a microbatch. Along `edit`, of n devices each sends (n - 1) / n of what there is.
+    """
+    program, mesh = next(p for p in record["programs"] if p["name"] == "M-step"), record["mesh"]
+    found = {}
+    for axes, size in program["sent_bytes"].items():
+        names = axes.split("+")
+        before, now = (math.prod(count if axis == "edit" else mesh[axis] for axis in names) for count in (mesh["edit"], replicas))
+        found[axes] = size * microbatches / program["items"] * (1 - 1 / now) / (1 - 1 / before)
+    return found

@@ -12,6 +12,8 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -322,7 +324,7 @@ def build(case: Case, mesh: Mesh) -> Program:
     """Compiles a case for the devices of `mesh`."""
     traced = case.trace()
     try:
-        compiled = traced.lower().compile()
+        compiled, text = _compiled(traced.lower(), mesh)
     except jax.errors.JaxRuntimeError as error:
         used = memory.refused_bytes(error)
         if used is None:
@@ -331,8 +333,20 @@ def build(case: Case, mesh: Mesh) -> Program:
     found = memory.of_program(compiled)
     rest = 0.0 if found is None else max(0.0, found.total - case.arguments - case.made)
     work = cost.of_program(traced, compiled, case.trips, case.devices or mesh.size // mesh_lib.shards(mesh))
-    sent = collectives.by_axes(collectives.of_text(compiled.as_text(), mesh.shape, case.trips))
+    sent = collectives.by_axes(collectives.of_text(text, mesh.shape, case.trips))
     return Program(case, {**case.kinds, "temporaries": rest}, work, sent)
+
+
+def _compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+    """A program, compiled, and XLA's text of it."""
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # From the compiler's own dump: `as_text` fails on some asynchronous instructions of libtpu's compiler (seen with jaxlib 0.10.2).
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, written.read_text(encoding="utf-8")
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------

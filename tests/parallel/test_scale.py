@@ -79,5 +79,7 @@ def test_an_m_step_leaves_shards_idle_and_sums_over_replicas():
     assert alone.seconds == pytest.approx(10 * 10 * 0.5), "nothing goes along edit"
     many = [scale.m_step(RECORD, scale.Rates(1e9, 1e9, 1.0), replicas, what(50)).seconds for replicas in (10, 512)]
     assert many == pytest.approx([10 * (0.5 + 1.5 * share / (1 / 2)) for share in (9 / 10, 511 / 512)]), "ten replicas work, the rest wait"
-    whole = copy.deepcopy(RECORD) | {"mesh": {"edit": 2, "fsdp": 5, "tensor": 1}}
+    whole = copy.deepcopy(RECORD) | {"mesh": {"edit": 2, "fsdp": 5, "tensor": 2}}
     assert scale.m_step(whole, RATES, 2, what(50)).seconds == pytest.approx(10 * 4.0), "rows are dealt out over fsdp as well"
+    sent = scale.m_step_sent(whole | {"programs": [program("M-step", 1.0, 1.0, {"edit+fsdp": 9.0}, 1, 1.0)]}, 4, 3)
+    assert sent == pytest.approx({"edit+fsdp": 3 * 9.0 * (19 / 20) / (9 / 10)})
