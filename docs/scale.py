@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -199,7 +200,7 @@ B memory bandwidth, I interconnect.
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
 adapters.
 
-{rounds}
+{models}
 
 ## Why one replica is enough
 
@@ -209,19 +210,22 @@ batch among all, those of a microbatch), and how many bytes it sends to other re
 {proof}
 
 The groups of devices of each collective are read off the compiled programs (`seal_jax.parallel.collectives`). While edits are written,
-fitted and answered, only a step's losses and flags cross `edit`, because every process reads them: {crossing}. The M-step
-adds up the adapter's gradients over `edit`.
+fitted and answered, a step's losses and flags alone cross `edit`, because
+every process reads them: {crossing}. The M-step adds up the adapter's gradients over
+`edit`.
 
 ## The plans
 
 {plans}
 """
-ROUNDS_TEXT = """\
-## Rounds of {name}
+MODEL_TEXT = """\
+## {name}
 
-First for 50 contexts, then for 50,000. E: E-step, M: M-step; h: hours; chip-h: hours times chips.
+{fits}
 
-{table}"""
+Rounds of 50 contexts, then of 50,000. E: E-step, M: M-step; h: hours; chip-h: hours times chips.
+
+{rounds}"""
 
 
 def rates(generation: str) -> scale.Rates:
@@ -240,7 +244,8 @@ def between(program: Record) -> float:
 
 
 def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    """Two digits or more, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -264,40 +269,51 @@ def replicas_table(records: Records) -> str:
     return table(["model", "TPU", "chips", "fsdp x tensor", *names, "of", "K", *(f"{name}, ms" for name in names)], rows)
 
 
-def rounds_table(model: str, records: Records) -> str:
-    """A row a slice."""
-    each = ["E h", "M h", "E chip-h", "M chip-h", "first bottleneck"]
-    titles = ["TPU", "chips", "edit x fsdp x tensor", "fits", "GiB a chip", "K", "edits/h", *each, *each]
-    rows = []
+def slices(model: str, records: Records) -> Iterator[tuple[Cell, int, Record | None, int]]:
+    """(cell, chips, record, replicas) of each slice for a model; one of all chips where nothing was compiled."""
     for cell in (cell for cell in CELLS if cell.model == model):
+        if (found := records.get(cell)) is None:
+            yield cell, 0, None, 0
+            continue
         for chips in SLICES[cell.generation]:
-            cells = slice_row(cell, chips, records.get(cell))
-            rows.append([cell.generation, str(chips), *cells, *["-"] * (len(titles) - 2 - len(cells))])
-    return table(titles, rows)
+            yield cell, chips, found, chips * PARTS[cell.generation] // replica(found) if found["fits"] else 0
 
 
-def slice_row(cell: Cell, chips: int, found: Record | None) -> list[str]:
-    if found is None:
-        return ["-", "not compiled"]
-    parts, chip, mesh = PARTS[cell.generation], CHIPS[cell.generation], found["mesh"]
-    most = max(found["programs"], key=lambda p: p["total_bytes"])
-    replicas = chips * parts // replica(found)
-    if not found["fits"]:
-        return ["-", f"no ({most['name']})"]
-    if not replicas:
-        return ["-", f"no ({replica(found) // parts} chips do)"]
-    row = [
-        f"{replicas} x {mesh['fsdp']} x {mesh['tensor']}",
-        "yes",
-        f"{most['total_bytes'] * parts / GIB:.0f} of {chip.memory / GIB:.0f}",
-        f"{found['slots'] * replicas:,}",
-        f"{found['edit']['per_hour'] * replicas / mesh['edit']:,.0f}",
-    ]
-    for what in ROUNDS:
-        spent = [step(found, rates(cell.generation), replicas, what) for step in (scale.e_step, scale.m_step)]
-        hours = [time.seconds / 3600 for time in spent]
-        row += [*map(number, hours), *(number(h * chips) for h in hours), max(spent, key=lambda time: time.seconds).bottleneck]
-    return row
+def fits_table(model: str, records: Records) -> str:
+    """What fits on which slice."""
+    rows = []
+    for cell, chips, found, replicas in slices(model, records):
+        if found is None:
+            rows.append([cell.generation, "all", "-", "not compiled", *["-"] * 3])
+            continue
+        most, parts = max(found["programs"], key=lambda p: p["total_bytes"]), PARTS[cell.generation]
+        gib = f"{most['total_bytes'] * parts / GIB:.1f} of {CHIPS[cell.generation].memory / GIB:.0f}, {most['name']}"
+        if not replicas:
+            why = f"no, {replica(found) / parts:g} chips do" if found["fits"] else "no"
+            rows.append([cell.generation, str(chips), "-", why, "-" if found["fits"] else gib, "-", "-"])
+            continue
+        mesh = f"{replicas} x {found['mesh']['fsdp']} x {found['mesh']['tensor']}"
+        rate = f"{found['edit']['per_hour'] * replicas / found['mesh']['edit']:,.0f}"
+        rows.append([cell.generation, str(chips), mesh, "yes", gib, f"{found['slots'] * replicas:,}", rate])
+    return table(["TPU", "chips", "edit x fsdp x tensor", "fits", "GiB a chip", "K", "edits an hour"], rows)
+
+
+def rounds_table(model: str, records: Records) -> str:
+    """What a round of each of `ROUNDS` takes."""
+    rows = []
+    for cell, chips, found, replicas in slices(model, records):
+        if found is None or not replicas:
+            continue
+        row = [cell.generation, str(chips)]
+        for what in ROUNDS:
+            spent = [step(found, rates(cell.generation), replicas, what) for step in (scale.e_step, scale.m_step)]
+            hours = [time.seconds / 3600 for time in spent]
+            row += [*map(number, hours), *(number(h * chips) for h in hours), max(spent, key=lambda time: time.seconds).bottleneck]
+        rows.append(row)
+    each = ["E h", "M h", "E chip-h", "M chip-h", "first bottleneck"]
+    return table(
+        ["TPU", "chips", *(f"{what.contexts:,}: {each[0]}" if i == 0 else title for what in ROUNDS for i, title in enumerate(each))], rows
+    )
 
 
 def differences(base: Record, larger: Record) -> list[list[float]]:
@@ -333,11 +349,11 @@ def proof_table(base: Record | None, larger: Record | None) -> str:
 
 
 def crossing(records: Records) -> str:
-    """The most bytes that cross `edit`, a program but the M-step."""
+    """The most bytes that cross `edit`, by program, the M-step left out."""
     sizes: dict[str, float] = {}
     for p in (p for found in records.values() for p in found["programs"] if p["name"] != "M-step"):
         sizes[p["name"]] = max(sizes.get(p["name"], 0.0), between(p))
-    return ", ".join(f"at most {size:,.0f} bytes in a call of {name}" for name, size in sizes.items())
+    return ", ".join(f"{name} {f'at most {size:,.0f} bytes a call' if size else 'nothing'}" for name, size in sizes.items())
 
 
 def render(records: Records) -> str:
@@ -356,7 +372,10 @@ def render(records: Records) -> str:
         answer=w["answer_tokens"],
         rows=fit["items"],
         replicas=replicas_table(records),
-        rounds="\n\n".join(ROUNDS_TEXT.format(name=name, table=rounds_table(model, records)) for model, name in MODELS.items()),
+        models="\n\n".join(
+            MODEL_TEXT.format(name=name, fits=fits_table(model, records), rounds=rounds_table(model, records))
+            for model, name in MODELS.items()
+        ),
         small=CELLS[0].topology,
         large=PROOF.topology,
         proof=proof_table(records.get(CELLS[0]), records.get(PROOF)),
