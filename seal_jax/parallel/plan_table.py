@@ -92,13 +92,8 @@ def _summary(found: dict[str, Any]) -> list[str]:
         missing = [p["name"] for p in found["programs"] if not p["compiled"] or p["total_bytes"] > found["device_limit"]]
         return [f"fits: no ({', '.join(missing)}); share the model over mesh.fsdp or mesh.tensor, or set model.remat=full"]
     edit, slots = found["edit"], found["slots"]
-    why = (
-        "every edit of a group"
-        if slots == found["edits_per_shard"]
-        else "fit.slots"
-        if found["slots_set"]
-        else "as many as the memory holds"
-    )
+    why = "fit.slots" if found["slots_set"] else "as many as the memory holds"
+    why = "every edit of a group" if slots == found["edits_per_shard"] else why
     lines = [
         "fits: yes",
         f"best K: {slots} slots a shard ({why}), {slots * found['mesh']['edit']} in all: fit.slots={slots}",
