@@ -164,8 +164,8 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
 - **Bytes sent** are read off the compiled programs: every collective, as often as its loop runs, by the usual algorithms on a ring.
 - **Times** are rooflines: of each program the longest of its operations at the chip's published bfloat16 rate, its least memory traffic
   (weights, adapters and caches once) at the published bandwidth, and what it sends over all links of the chip at once. The **first
-  bottleneck** is the program that takes the most of a round's time, and which of the three it is; "HBM size" stands where the memory
-  bounds K. The chips: {chips}.
+  bottleneck** is the program that takes the most of a round's time, and which of the three it is; HBM size where the memory allows so few
+  edits at once that reading the weights is what a step does. The chips: {chips}.
 - **A replica** is the `fsdp x tensor` devices that hold the model once. The smallest slice that holds two is compiled (at least 4 chips),
   and all others follow: edits are dealt out over `edit`, and replicas work alone until the M-step ([shown
   below](#why-one-replica-is-enough)).
@@ -279,6 +279,13 @@ def slices(model: str, records: Records) -> Iterator[tuple[Cell, int, Record | N
             yield cell, chips, found, chips * PARTS[cell.generation] // replica(found) if found["fits"] else 0
 
 
+def bottleneck(found: Record, spent: Sequence[scale.Time]) -> str:
+    """What takes the most of a round. Where the memory allows fewer edits than a step has room for, reading weights for so few is its fault."""
+    name = max(spent, key=lambda time: time.seconds).bottleneck
+    crowded = found["programs"][0]["items"] == found["slots"] < found["edits_per_shard"]
+    return "fit: HBM size" if crowded and name == "fit: memory bandwidth" else name
+
+
 def fits_table(model: str, records: Records) -> str:
     """What fits on which slice."""
     rows = []
@@ -308,7 +315,7 @@ def rounds_table(model: str, records: Records) -> str:
         for what in ROUNDS:
             spent = [step(found, rates(cell.generation), replicas, what) for step in (scale.e_step, scale.m_step)]
             hours = [time.seconds / 3600 for time in spent]
-            row += [*map(number, hours), *(number(h * chips) for h in hours), max(spent, key=lambda time: time.seconds).bottleneck]
+            row += [*map(number, hours), *(number(h * chips) for h in hours), bottleneck(found, spent)]
         rows.append(row)
     each = ["E h", "M h", "E chip-h", "M chip-h", "first bottleneck"]
     return table(

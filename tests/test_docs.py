@@ -113,3 +113,10 @@ def test_scale_says_what_was_not_compiled(scale):
     fewer = scale.render({cell: found for cell, found in records.items() if cell not in (scale.CELLS[0], scale.PROOF)})
     assert fewer.count("| not compiled |") == 1 + scale.render(records).count("| not compiled |")
     assert "Not compiled." in fewer
+
+
+def test_a_memory_that_holds_few_edits_is_the_bottleneck(scale):
+    spent = [scale.scale.Time(2.0, {"fit: memory bandwidth": 2.0})]
+    few = {"programs": [{"items": 5}], "slots": 5, "edits_per_shard": 15}
+    assert scale.bottleneck(few, spent) == "fit: HBM size"
+    assert scale.bottleneck(few | {"slots": 12}, spent) == scale.bottleneck(few | {"edits_per_shard": 5}, spent) == "fit: memory bandwidth"
