@@ -85,7 +85,7 @@ CELLS = (
     Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2")),
     Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4")),
     Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2")),
-    Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=4")),
+    Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2")),
 )
 # The same replica as the first of CELLS, four times as many of them.
 PROOF = Cell("qwen2.5-7b", "v5e", "4x4", ("mesh.tensor=2", "sample.rows=16", "rest_em.group=40", "fit.slots=33"))
@@ -210,11 +210,12 @@ batch among all, those of a microbatch), and how many bytes it sends to other re
 {proof}
 
 The groups of devices of each collective are read off the compiled programs (`seal_jax.parallel.collectives`). While edits are written,
-fitted and answered, a step's losses and flags alone cross `edit`, because
-every process reads them: {crossing}. The M-step adds up the adapter's gradients over
-`edit`.
+fitted and answered, a step's losses and flags alone cross `edit`, because every process reads them. The most that any plan here sends across
+it in a call: {crossing}. The M-step adds up the adapter's gradients over `edit`.
 
 ## The plans
+
+Kept as records because JAX's compilation cache cannot read back programs for devices that are not there.
 
 {plans}
 """
@@ -280,7 +281,7 @@ def slices(model: str, records: Records) -> Iterator[tuple[Cell, int, Record | N
 
 
 def bottleneck(found: Record, spent: Sequence[scale.Time]) -> str:
-    """What takes the most of a round. Where the memory allows fewer edits than a step has room for, reading weights for so few is its fault."""
+    """What takes the most of a round. That weights are read for few edits is the memory's fault where it holds no more."""
     name = max(spent, key=lambda time: time.seconds).bottleneck
     crowded = found["programs"][0]["items"] == found["slots"] < found["edits_per_shard"]
     return "fit: HBM size" if crowded and name == "fit: memory bandwidth" else name
@@ -360,7 +361,7 @@ def crossing(records: Records) -> str:
     sizes: dict[str, float] = {}
     for p in (p for found in records.values() for p in found["programs"] if p["name"] != "M-step"):
         sizes[p["name"]] = max(sizes.get(p["name"], 0.0), between(p))
-    return ", ".join(f"{name} {f'at most {size:,.0f} bytes a call' if size else 'nothing'}" for name, size in sizes.items())
+    return ", ".join(f"{name} {f'{size:,.0f} bytes' if size else 'nothing'}" for name, size in sizes.items())
 
 
 def render(records: Records) -> str:
@@ -368,7 +369,9 @@ def render(records: Records) -> str:
     some = next(iter(records.values()))
     w, fit = some["workload"], some["programs"][0]
     per_chip = "{0.name} {1:,.0f} TFLOP/s, {2:,.0f} GB/s, {3:.0f} GiB, {4:.0f} GB/s to others"
-    made = {cell: " ".join(records[cell]["versions"].values()) if cell in records else "not compiled" for cell in (*CELLS, PROOF)}
+    made = {
+        cell: ", ".join(map(" ".join, records[cell]["versions"].items())) if cell in records else "not compiled" for cell in (*CELLS, PROOF)
+    }
     return TEXT.format(
         config=CONFIG,
         chips="; ".join(per_chip.format(c, c.flops / 1e12, c.bandwidth / 1e9, c.memory / GIB, c.links / 1e9) for c in CHIPS.values()),
