@@ -210,8 +210,8 @@ batch among all, those of a microbatch), and how many bytes it sends to other re
 {proof}
 
 The groups of devices of each collective are read off the compiled programs (`seal_jax.parallel.collectives`). While edits are written,
-fitted and answered, a step's losses and flags alone cross `edit`, because every process reads them. The most that any plan here sends across
-it in a call: {crossing}. The M-step adds up the adapter's gradients over `edit`.
+fitted and answered, a step's losses and flags alone cross `edit`, because every process reads them. The most that any plan here sends
+across it in a call: {crossing}. The M-step adds up the adapter's gradients over `edit`.
 
 ## The plans
 
