@@ -165,7 +165,7 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
 - **Times** are rooflines: of each program the longest of its operations at the chip's published bfloat16 rate, its least memory traffic
   (weights, adapters and caches once) at the published bandwidth, and what it sends over all links of the chip at once. The **first
   bottleneck** is the program that takes the most of a round's time, and which of the three it is; HBM size where the memory allows so few
-  edits at once that reading the weights is what a step does. The chips: {chips}.
+  edits at once that reading the weights is what a step does. The chips:{chips}
 - **A replica** is the `fsdp x tensor` devices that hold the model once. The smallest slice that holds two is compiled (at least 4 chips),
   and all others follow: edits are dealt out over `edit`, and replicas work alone until the M-step ([shown
   below](#why-one-replica-is-enough)).
@@ -368,13 +368,13 @@ def render(records: Records) -> str:
     """The page."""
     some = next(iter(records.values()))
     w, fit = some["workload"], some["programs"][0]
-    per_chip = "{0.name} {1:,.0f} TFLOP/s, {2:,.0f} GB/s, {3:.0f} GiB, {4:.0f} GB/s to others"
+    per_chip = "\n  - {0.name}: {1:,.0f} TFLOP/s, {2:,.0f} GB/s of {3:.0f} GiB, {4:.0f} GB/s to other chips"
     made = {
         cell: ", ".join(map(" ".join, records[cell]["versions"].items())) if cell in records else "not compiled" for cell in (*CELLS, PROOF)
     }
     return TEXT.format(
         config=CONFIG,
-        chips="; ".join(per_chip.format(c, c.flops / 1e12, c.bandwidth / 1e9, c.memory / GIB, c.links / 1e9) for c in CHIPS.values()),
+        chips="".join(per_chip.format(c, c.flops / 1e12, c.bandwidth / 1e9, c.memory / GIB, c.links / 1e9) for c in CHIPS.values()),
         edits=workload.EDITS,
         seeds=workload.SEEDS,
         mean=sum(WRITTEN) / len(WRITTEN),

@@ -185,7 +185,7 @@ def test_a_plan_for_a_tpu(planned):
     assert all(p["sent_bytes"]["fsdp"] > 1e5 for p in found["programs"]), "what the replica's two devices tell each other"
     crossing = {p["name"]: sum(size for axes, size in p["sent_bytes"].items() if "edit" in axes) for p in found["programs"]}
     gradients = found["programs"][3]["bytes"]["adapters"] / 3
-    assert crossing.pop("M-step") >= gradients and max(crossing.values()) < 4096, "of edits, nothing but a step's report"
+    assert crossing.pop("M-step") >= gradients / 2 and max(crossing.values()) < 4096, "of edits, nothing but a step's report"
     # Three rows cannot be dealt out over two devices: both compute all of them, each with its part of the weights.
     by_hand = cost.fit_flops(spec, lora, 144, 48, 144) / 2
     assert 0.9 * by_hand < fit["flops"] < 2.2 * by_hand
