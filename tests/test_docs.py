@@ -101,6 +101,8 @@ def test_replicas_are_alike_and_apart(scale):
     records = scale.read_all()
     for found in records.values():
         assert all(scale.between(p) < 4096 for p in found["programs"] if p["name"] != "M-step")
+        tune = found["programs"][3]
+        assert scale.between(tune) > tune["bytes"]["adapters"] / 3 / 2, "gradients of the adapter, in bfloat16 at least"
     base, larger = records[scale.CELLS[0]], records[scale.PROOF]
     assert larger["mesh"] == base["mesh"] | {"edit": 4 * base["mesh"]["edit"]}
     for program, shares in zip(base["programs"], scale.differences(base, larger), strict=True):

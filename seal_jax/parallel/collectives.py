@@ -18,7 +18,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+)\w*\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _CALLS = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_LISTED = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -54,11 +54,9 @@ def of_text(text: str, mesh: Mapping[str, int], trips: float = 1) -> list[Collec
                 times = _trips(line, computations.get(found[1], ()), trips)
                 yield from (one._replace(times=one.times * times) for one in walk(found[2]))
             elif " conditional(" in line:
-                listed = _BRANCHES.search(line)
-                names = re.findall(r"[\w.-]+", listed[1]) if listed else _CALLS.findall(line)
-                yield from max((list(walk(branch)) for branch in names), key=total, default=[])
+                yield from max((list(walk(branch)) for branch in _named(line)), key=total, default=[])
             else:
-                for called in _CALLS.findall(line):
+                for called in _named(line):
                     yield from walk(called)
 
     return list(walk(entry))
@@ -75,6 +73,11 @@ def by_axes(found: Sequence[Collective]) -> dict[str, float]:
     for one in found:
         sums["+".join(one.axes)] = sums.get("+".join(one.axes), 0.0) + one.times * one.bytes
     return sums
+
+
+def _named(line: str) -> list[str]:
+    """The computations that an instruction names."""
+    return [*_CALLS.findall(line), *(name for listed in _LISTED.findall(line) for name in re.findall(r"[\w.-]+", listed))]
 
 
 def _read(line: str, found: re.Match[str], mesh: Mapping[str, int]) -> Iterator[Collective]:

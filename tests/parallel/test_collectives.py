@@ -48,6 +48,14 @@ HloModule jit_step, is_scheduled=true
   ROOT %c = f32[4] parameter(0)
 }
 
+%offloaded (p: f32[6]) -> f32[6] {
+  ROOT %r = f32[6]{0} all-reduce(%p), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add
+}, execution_thread="sparsecore"
+
+%async (p: f32[6]) -> f32[6] {
+  ROOT %custom = f32[6]{0} custom-call(%p), custom_call_target="Offloaded", called_computations={%offloaded}
+}, execution_thread="sparsecore"
+
 ENTRY %main (a: bf16[8,16]) -> f32[20] {
   %f = bf16[8,64] fusion(%a), kind=kCustom, calls=%fused
   %w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1
@@ -55,6 +63,9 @@ ENTRY %main (a: bf16[8,16]) -> f32[20] {
   %b = f32[4] conditional(%p, %c, %c), true_computation=%busy, false_computation=%idle
   %start = (f32[10], f32[80]) all-gather-start(%q), channel_id=5, replica_groups={}, dimensions={0}
   %done = f32[80] all-gather-done(%start)
+  %call-start = ((), (), (s32[9]{0})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %call-update = ((f32[6]{0}), f32[6]{0}, (s32[9]{0})) async-update(%call-start, %q)
+  %call-done = f32[6]{0} async-done(%call-update)
   %alone = f32[7] all-reduce(%q), channel_id=6, replica_groups=[8,1]<=[8], to_apply=%add
   ROOT %last = f32[20]{0:T(128)} all-reduce(%q), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%add
 }
@@ -69,10 +80,11 @@ def test_each_collective_is_read_with_its_axes_and_as_often_as_it_runs():
         ("collective-permute", ("edit",), 2, 3, 40),
         ("reduce-scatter", ("edit",), 2, 1, 40),
         ("all-gather", ("edit", "tensor"), 8, 1, 320 * 7 / 8),
+        ("all-reduce", ("tensor",), 4, 1, 2 * 24 * 3 / 4),  # by a processor beside the main one
         ("all-reduce", ("edit",), 2, 1, 2 * 80 / 2),
     ]
-    assert collectives.by_axes(found) == {"tensor": 768 + 28 * 750, "edit": 3 * 40 + 40 + 80, "edit+tensor": 280}
-    assert collectives.total(found) == 768 + 28 * 750 + 240 + 280
+    assert collectives.by_axes(found) == {"tensor": 768 + 28 * 750 + 36, "edit": 3 * 40 + 40 + 80, "edit+tensor": 280}
+    assert collectives.total(found) == 768 + 28 * 750 + 36 + 240 + 280
 
 
 def test_what_xla_notes_of_a_loop_comes_first():
