@@ -174,8 +174,9 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
   questions and {answer} tokens an answer.
 - **E-step**: writing, fitting and answering, in groups of as many contexts as the replicas hold adapters of. A group's self-edits are
   written until its longest ends (the expected longest of so many); a step fits a sequence each of up to {rows} edits a replica; answers go
-  on to their limit. Fewer edits than that make smaller steps, but no fewer of them: hence 50 contexts gain little from many chips. Not
-  counted: the prompts' prefill, the unadapted baseline, grading, loading, checkpoints, compilation.
+  on to their limit. Fewer edits than that make smaller steps, but no fewer of them: hence 50 contexts gain little from many chips. More
+  replicas make larger groups, whose longest self-edit all wait for: hence more chips take more chip-hours. Not counted: the prompts'
+  prefill, the unadapted baseline, grading, loading, checkpoints, compilation.
 - **M-step**: one kept pair a context, 2 epochs. 50 contexts: the paper's batch of 10, 10 steps. A data shard takes whole pairs, so that at
   most 10 of them work. 50,000 contexts: a batch of 512, 196 steps (assumed for its speed: nobody has tried what it learns). A step adds up
   the adapter's gradients over all replicas. Memory is that of a batch of 10, of which a device has a row at a time.
