@@ -18,7 +18,7 @@ GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.tr
 TUNE := GLIBC_TUNABLES='$(GLIBC_TUNABLES)'
 endif
 
-.PHONY: help run test lint format docs clean
+.PHONY: help run test lint format docs scale clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "              TORCH=no: without torch (large), and without the tests that compare with it"
 	@echo "make lint     check style with ruff; make format: correct it"
 	@echo "make docs     write docs/configuration.md anew"
+	@echo "make scale    write docs/scale.md anew from its records; ARGS=--compile: compile first what has none (libtpu, minutes each)"
 	@echo "make clean    remove $(VENV) and what was built; run folders and the fetched model stay"
 	@echo "PYTHON=...    the Python that $(VENV) is made with (at least 3.11)"
 
@@ -47,6 +48,9 @@ format: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed
 	$(PY) docs/configuration.py
+
+scale: $(VENV)/.installed
+	$(PY) docs/scale.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import re
 import shlex
+import sys
 
 import pytest
 
@@ -14,13 +15,18 @@ from seal_jax.sweep import config as sweep_config
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 
+def load(name):
+    """docs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def page():
     """docs/configuration.py, which writes configuration.md."""
-    spec = importlib.util.spec_from_file_location("configuration", DOCS / "configuration.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("configuration")
 
 
 def test_configuration_is_up_to_date(page):
@@ -75,3 +81,56 @@ def test_differences_names_keys_and_commands_that_exist():
     assert commands
     for command in commands:
         cli.parser().parse_args(shlex.split(command)[1:])
+
+
+# --- Scale -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scale():
+    """docs/scale.py, which writes scale.md."""
+    return load("scale")
+
+
+def test_scale_is_what_its_records_say(scale):
+    assert scale.PAGE.read_text(encoding="utf-8") == scale.render(scale.read_all()), "run: make scale"
+    written = {path.name for path in scale.RECORDS.iterdir()}
+    assert written == {f"{cell.name}.json" for cell in scale.read_all()}, "a record that no cell of docs/scale.py has, or of other keys"
+
+
+def test_a_record_is_of_its_cell(scale):
+    """What the page says of a cell was compiled for it."""
+    for cell, found in scale.read_all().items():
+        assert (found["model"], found["topology"]) == (cell.model, cell.topology) and found["versions"].keys() == {"jax", "libtpu"}
+        assert found["devices_per_chip"] == scale.PARTS[cell.generation] and found["mesh"]["edit"] >= 2
+        chips = found["devices"] // found["devices_per_chip"]
+        assert scale.SLICES[cell.generation][chips] == cell.slice
+        assert [p["name"] for p in found["programs"]] == ["fit", "prefill", "decode", "M-step", "write"]
+
+
+def test_replicas_are_alike_and_apart(scale):
+    """The step from one replica to many: on four times as many, the same program, and nothing between them but reports."""
+    records = scale.read_all()
+    for found in records.values():
+        assert all(scale.between(p) < 4096 for p in found["programs"] if p["name"] != "M-step")
+        tune = found["programs"][3]
+        assert scale.between(tune) > tune["bytes"]["adapters"] / 3 / 2, "gradients of the adapter, in bfloat16 at least"
+    base, larger = records[scale.CELLS[0]], records[scale.PROOF]
+    assert larger["mesh"] == base["mesh"] | {"edit": 4 * base["mesh"]["edit"]}
+    for program, shares in zip(base["programs"], scale.differences(base, larger), strict=True):
+        assert all(abs(share) < scale.TOLERANCE for share in shares), (program["name"], shares)
+    assert scale.between(larger["programs"][3]) == pytest.approx(scale.reckoned(base, larger), rel=scale.TOLERANCE)
+
+
+def test_scale_says_what_was_not_compiled(scale):
+    records = scale.read_all()
+    fewer = scale.render({cell: found for cell, found in records.items() if cell not in (scale.CELLS[0], scale.PROOF)})
+    assert fewer.count("| not compiled |") == 1 + scale.render(records).count("| not compiled |")
+    assert "Not compiled." in fewer
+
+
+def test_a_memory_that_holds_few_edits_is_the_bottleneck(scale):
+    spent = [scale.scale.Time(2.0, {"fit: memory bandwidth": 2.0})]
+    few = {"programs": [{"items": 5}], "slots": 5, "edits_per_shard": 15}
+    assert scale.bottleneck(few, spent) == "fit: HBM size"
+    assert scale.bottleneck(few | {"slots": 12}, spent) == scale.bottleneck(few | {"edits_per_shard": 5}, spent) == "fit: memory bandwidth"

@@ -92,6 +92,28 @@ def most_within(bytes_of: Callable[[int], float], limit: float, first: int, most
     return Fits(good, int(known[good])) if good else None
 
 
+def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: float) -> Fits | None:
+    """As `most_within`, where what one more slot takes can be guessed: `slope` bytes.
+
+    `most` is asked first, which is often enough, then what follows from the guess, then from a line through the last two points.
+    """
+    good, bad, k, before, asked = Fits(0, 0), most + 1, most, None, 0
+    while good.slots < k < bad and asked < TRIES:
+        used, asked = bytes_of(k), asked + 1
+        if used <= limit:
+            good = Fits(k, int(used))
+        else:
+            bad = k
+        if not math.isfinite(used):
+            k = (good.slots + bad) // 2
+            continue
+        if before is not None and used != before[1]:
+            slope = (used - before[1]) / (k - before[0])
+        before = k, used
+        k = min(bad - 1, max(1, k + math.floor((limit - used) / slope)))
+    return good if good.slots else None
+
+
 def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
     """Bytes a device of a fit step of `length` tokens with `slots` slots a shard; inf where the compiler refuses it for want of memory.
 

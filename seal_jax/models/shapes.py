@@ -59,6 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "llama-3.1-8b": _shape(_LLAMA3, 4096, 14336, 32, 32, 8),
     "llama-3.1-70b": _shape(_LLAMA3, 8192, 28672, 80, 64, 8),
+    "llama-3.3-70b": _shape(_LLAMA3, 8192, 28672, 80, 64, 8),
 }
 
 

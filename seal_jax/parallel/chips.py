@@ -11,20 +11,22 @@ GIB = float(2**30)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one chip: dense bf16 FLOP/s, bytes/s and bytes of its memory."""
+    """Of one chip: dense bf16 FLOP/s, bytes/s and bytes of its memory, and bytes/s out of it over its links to others, if looked up."""
 
     name: str
     flops: float
     bandwidth: float
     memory: float
+    links: float | None = None
 
 
-# Sources: Google Cloud's pages on each TPU, tables of key specifications.
+# Sources: Google Cloud's pages on each TPU, tables of key specifications. Of the interconnect they give both directions together
+# (400, 1200, 800 and 1200 GBps), of which half goes out.
 TPUS = {
-    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB),  # cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps
-    "TPU v5": Chip("v5p", 459e12, 2765e9, 95 * GIB),  # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps
-    "TPU v6 lite": Chip("v6e", 918e12, 1638e9, 32 * GIB),  # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps
-    "TPU7x": Chip("tpu7x", 2307e12, 7380e9, 192 * GIB),  # cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GBps
+    "TPU v5 lite": Chip("v5e", 197e12, 819e9, 16 * GIB, 200e9),  # cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps
+    "TPU v5": Chip("v5p", 459e12, 2765e9, 95 * GIB, 600e9),  # cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps
+    "TPU v6 lite": Chip("v6e", 918e12, 1638e9, 32 * GIB, 400e9),  # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps
+    "TPU7x": Chip("tpu7x", 2307e12, 7380e9, 192 * GIB, 600e9),  # cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GBps
 }
 # Sources: NVIDIA's data sheets; where they give operations with sparsity, half of that.
 GPUS = {

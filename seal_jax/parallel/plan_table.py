@@ -7,7 +7,7 @@ from typing import Any
 
 from seal_jax.config import RunConfig
 from seal_jax.parallel.chips import GIB
-from seal_jax.parallel.topology import Plan, Program
+from seal_jax.parallel.topology import Plan, Program, Target
 
 KINDS = ("weights", "adapters", "caches", "temporaries")
 
@@ -27,15 +27,17 @@ def record(plan: Plan, config: RunConfig, model: str) -> dict[str, Any]:
         "device_limit": target.limit,
         "fits": plan.fits,
         "slots": plan.slots,
+        "slots_set": config.fit.slots is not None,
         "edits_per_shard": plan.edits,
-        "programs": [_program(p, plan) for p in plan.programs],
+        "programs": [program_record(p, target) for p in plan.programs],
         "edit": plan.an_edit(),
         "workload": dataclasses.asdict(plan.workload)
         | {"epochs": config.fit.epochs, "answer_tokens": config.answer.max_tokens, "tokens_per_step": config.fit.tokens_per_step},
     }
 
 
-def _program(program: Program, plan: Plan) -> dict[str, Any]:
+def program_record(program: Program, target: Target) -> dict[str, Any]:
+    """One program of a plan as JSON data: bytes, FLOP and seconds of one call on one device."""
     work = program.work
     return {
         "name": program.case.name,
@@ -46,8 +48,11 @@ def _program(program: Program, plan: Plan) -> dict[str, Any]:
         "flops": work.flops if work else None,
         "bytes_accessed": work.bytes if work else None,
         "least_bytes_accessed": program.case.least,
-        "seconds": program.seconds(plan.target),
+        "sent_bytes": program.sent,
+        "seconds": program.seconds(target),
         "calls_per_edit": program.case.calls,
+        "items": program.case.items,
+        "least_bytes_an_item": program.case.an_item,
     }
 
 
@@ -68,11 +73,14 @@ def table(found: dict[str, Any]) -> str:
         sizes = [*(p["bytes"][kind] for kind in KINDS), p["total_bytes"]]
         fits = p["compiled"] and p["total_bytes"] <= found["device_limit"]
         lines.append(f"{p['name']:10}" + "".join(f"{size / GIB:13.2f}" for size in sizes) + ("" if fits else "  does not fit"))
-    lines += ["", "a call, on one device:", f"{'':10}{'TFLOP':>10}{'GB':>10}{'GB, least':>11}{'ms, roofline':>14}{'calls an edit':>15}"]
+    titles = f"{'':10}{'TFLOP':>10}{'GB':>10}{'GB, least':>11}{'GB, sent':>10}{'ms, roofline':>14}{'calls an edit':>15}"
+    lines += ["", "a call, on one device:", titles]
     for p in found["programs"]:
-        cells = (_number(p["flops"], 1e-12), _number(p["bytes_accessed"], 1e-9), _number(p["least_bytes_accessed"], 1e-9))
+        moved = (p["bytes_accessed"], p["least_bytes_accessed"], sum(p["sent_bytes"].values()))
+        cells = (_number(p["flops"], 1e-12), *(_number(size, 1e-9) for size in moved))
         calls = f"{p['calls_per_edit']:.3f}" if p["calls_per_edit"] else "-"
-        lines.append(f"{p['name']:10}{cells[0]:>10}{cells[1]:>10}{cells[2]:>11}{_number(p['seconds'], 1e3):>14}{calls:>15}  {p['shape']}")
+        row = f"{cells[0]:>10}{cells[1]:>10}{cells[2]:>11}{cells[3]:>10}{_number(p['seconds'], 1e3):>14}{calls:>15}"
+        lines.append(f"{p['name']:10}{row}  {p['shape']}")
     return "\n".join([*lines, "", *_summary(found)])
 
 
@@ -85,7 +93,8 @@ def _summary(found: dict[str, Any]) -> list[str]:
         missing = [p["name"] for p in found["programs"] if not p["compiled"] or p["total_bytes"] > found["device_limit"]]
         return [f"fits: no ({', '.join(missing)}); share the model over mesh.fsdp or mesh.tensor, or set model.remat=full"]
     edit, slots = found["edit"], found["slots"]
-    why = "every edit of a group" if slots == found["edits_per_shard"] else "as many as the memory holds"
+    why = "fit.slots" if found["slots_set"] else "as many as the memory holds"
+    why = "every edit of a group" if slots == found["edits_per_shard"] else why
     lines = [
         "fits: yes",
         f"best K: {slots} slots a shard ({why}), {slots * found['mesh']['edit']} in all: fit.slots={slots}",

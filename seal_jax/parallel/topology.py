@@ -1,8 +1,9 @@
 """`seal-jax plan`: what a config would take on devices that are not there. The real programs, compiled for them; nothing allocated.
 
 The fit step, the prefill of questions, the decoding of answers and the M-step are compiled for every device of a topology, with abstract
-arrays laid out as a run would lay them out. The compiler says what each takes and computes; the time is a roofline: the longer of computing
-at the chip's peak and of reading once what must be read. A real run is slower, by a factor that only a measurement tells.
+arrays laid out as a run would lay them out. The compiler says what each takes, computes and sends; the time is a roofline: the longest of
+computing at the chip's peak, of reading once what must be read, and of sending over all of the chip's links at once. A real run is slower,
+by a factor that only a measurement tells.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +29,7 @@ from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import leaves, nest
-from seal_jax.parallel import chips, cost
+from seal_jax.parallel import chips, collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode
 from seal_jax.sample.engine import ROOM
@@ -55,6 +58,7 @@ class Target:
     limit: float  # bytes of them that programs may take
     flops: float | None  # bf16 FLOP/s; None: unknown
     bandwidth: float | None  # bytes/s
+    links: float | None  # bytes/s sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Workload:
     tokens: float = 365.0  # an edit's epoch
     questions: float = 4.9  # an edit
     question: int = 34  # tokens of a question with its instruction
+    prompt: int = 164  # tokens of the prompt for a self-edit
     pair: int = 380  # tokens of a prompt and the self-edit written to it, for the M-step
 
 
@@ -80,17 +85,21 @@ class Case:
     made: float  # bytes of `kinds` that are its results
     least: float  # bytes that a call cannot but move
     calls: float  # an edit, with all shards at work; 0: not part of an edit
+    items: int  # edits, adapters, sequences or microbatches that a call works on, a shard
+    an_item: float  # bytes of `least` for each of them
     trips: int = 1  # of its loops of unknown length
     devices: int | None = None  # that share what the traced program shows; None: those of one shard of edits
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A case, compiled. `bytes` by kind, on one device; `work` of one call on one device, None where the compiler refused it."""
+    """A case, compiled. `bytes` by kind, on one device; `work` of one call on one device, None where the compiler refused it; `sent`:
+    bytes that a device sends in a call, by the axes of the mesh that they go along."""
 
     case: Case
     bytes: dict[str, float]
     work: cost.Work | None
+    sent: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -98,9 +107,10 @@ class Program:
 
     def seconds(self, target: Target) -> float | None:
         """The roofline time of a call."""
-        if self.work is None or not target.flops or not target.bandwidth:
+        if self.work is None or not target.flops or not target.bandwidth or not target.links:
             return None
-        return max(self.work.flops / target.flops, self.case.least / target.bandwidth)
+        sent = sum(self.sent.values())
+        return max(self.work.flops / target.flops, self.case.least / target.bandwidth, sent / target.links)
 
 
 # --- Devices ---------------------------------------------------------------------------------------------------------
@@ -124,14 +134,14 @@ def tpu(name: str) -> Target:
         raise SealError(f"--topology {name}: nothing is known of {devices[0].device_kind}; known: {known}")
     parts = chips.per_chip(devices)
     share = chip.memory / parts
-    return Target(name, devices, parts, share, memory.SHARE * share, chip.flops / parts, chip.bandwidth / parts)
+    return Target(name, devices, parts, share, memory.SHARE * share, chip.flops / parts, chip.bandwidth / parts, chip.links / parts)
 
 
 def here() -> Target:
     """The devices of this process, of whose speed nothing is known."""
     devices = tuple(jax.devices())
     limit = memory.device_limit(mesh_lib.single())
-    return Target(devices[0].device_kind, devices, 1, limit, limit, None, None)
+    return Target(devices[0].device_kind, devices, 1, limit, limit, None, None, None)
 
 
 # --- Programs --------------------------------------------------------------------------------------------------------
@@ -173,6 +183,8 @@ class Programs:
             0,
             self.passes * self.weights + 6 * rows * self.adapter,
             w.sequences * f.epochs / (rows * f.batch_size * self.shards),
+            rows,
+            6 * self.adapter,
             -(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
         )
 
@@ -185,12 +197,15 @@ class Programs:
         room = -(-(self.workload.question + a.max_tokens) // ROOM) * ROOM
         out = 1 << (a.max_tokens - 1).bit_length()
         lora = self.fit_engine.abstract_state(adapters).lora
-        rows = jax.eval_shape(lambda: decode.empty(self.decoder, self.mesh, self.shards * adapters, each, max(room, length), out))
+        return adapters, each, prompts, length, lora, self._rows(adapters, each, max(room, length), out)
+
+    def _rows(self, adapters: int, each: int, positions: int, out: int) -> decode.Rows:
+        """The abstract state of `each` sequences of `adapters` adapters a shard."""
+        rows = jax.eval_shape(lambda: decode.empty(self.decoder, self.mesh, self.shards * adapters, each, positions, out))
         edits, cache = mesh_lib.edit_sharding(self.mesh), mesh_lib.cache_sharding(self.mesh, self.spec.num_kv_heads)
         abstract = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)  # noqa: E731
         caches = jax.tree.map(lambda x: abstract(x, cache), rows.cache)
-        rows = jax.tree.map(lambda x: abstract(x, edits), rows)._replace(cache=caches)
-        return adapters, each, prompts, length, lora, rows
+        return jax.tree.map(lambda x: abstract(x, edits), rows)._replace(cache=caches)
 
     def prefill(self) -> Case:
         adapters, each, prompts, length, lora, rows = self._answers()
@@ -210,6 +225,8 @@ class Programs:
             made,
             self.weights + adapters * self.adapter + made,
             1 / (adapters * self.shards),
+            adapters,
+            self.adapter + made / adapters,
         )
 
     def decode(self) -> Case:
@@ -218,8 +235,6 @@ class Programs:
         positions = rows.cache.v.shape[-2]
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         prefix = caches * prompts * length / (each * positions)
-        head = self.spec.vocab_size * self.spec.hidden_size  # an embedding apart from the head is read in a few rows only
-        unread = 0 if self.spec.tie_embeddings else self.weights * head / sum(math.prod(x.shape) for x in jax.tree.leaves(self.params))
         return Case(
             "decode",
             f"a token of {adapters} x {each} answers, {positions} positions",
@@ -228,8 +243,35 @@ class Programs:
             {"weights": self.weights, "adapters": (2 * self.edits + adapters) * self.adapter, "caches": caches + prefix},
             self.weights + adapters * self.adapter + caches,
             0,
-            self.weights - unread + adapters * self.adapter + caches / 2,
+            self._read() + adapters * self.adapter + caches / 2,
             (self.config.answer.max_tokens - 1) / (adapters * self.shards),
+            adapters,
+            self.adapter + caches / 2 / adapters,
+        )
+
+    def _read(self) -> float:
+        """Bytes of the weights that a decoded token needs: an embedding apart from the head is read in a few rows only."""
+        head = self.spec.vocab_size * self.spec.hidden_size
+        return self.weights * (1 if self.spec.tie_embeddings else 1 - head / sum(math.prod(x.shape) for x in jax.tree.leaves(self.params)))
+
+    def write(self) -> Case:
+        """The decoding of self-edits by the bare model, with room for the longest that the config allows."""
+        s, prompt = self.config.sample, self.workload.prompt
+        tokens = min(s.max_tokens, self.config.model.max_length - prompt)
+        rows = self._rows(1, s.rows, -(-(prompt + tokens) // ROOM) * ROOM, 1 << (tokens - 1).bit_length())
+        steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
+        caches = cost.shard_bytes(rows.cache)
+        return Case(
+            "write",
+            f"a token of {s.rows} self-edits, {rows.cache.v.shape[-2]} positions",
+            lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, None, rows, steps),
+            {"weights": self.weights, "caches": caches},
+            self.weights + caches,
+            0,
+            self._read() + caches,  # of every position that a row may have, used or not
+            0,
+            s.rows,
+            caches / s.rows,
         )
 
     def m_step(self) -> Case:
@@ -249,6 +291,8 @@ class Programs:
             0,
             shape.microbatches * self.passes * self.weights + 6 * adapter,
             0,
+            shape.microbatches,
+            self.passes * self.weights,
             -(-shape.rows // groups * shape.length // LOSS_POSITIONS),
             self.mesh.size,
         )
@@ -258,7 +302,7 @@ def build(case: Case, mesh: Mesh) -> Program:
     """Compiles a case for the devices of `mesh`."""
     traced = case.trace()
     try:
-        compiled = traced.lower().compile()
+        compiled, text = _compiled(traced.lower(), mesh)
     except jax.errors.JaxRuntimeError as error:
         used = memory.refused_bytes(error)
         if used is None:
@@ -267,7 +311,20 @@ def build(case: Case, mesh: Mesh) -> Program:
     found = memory.of_program(compiled)
     rest = 0.0 if found is None else max(0.0, found.total - case.arguments - case.made)
     work = cost.of_program(traced, compiled, case.trips, case.devices or mesh.size // mesh_lib.shards(mesh))
-    return Program(case, {**case.kinds, "temporaries": rest}, work)
+    sent = collectives.by_axes(collectives.of_text(text, mesh.shape, case.trips))
+    return Program(case, {**case.kinds, "temporaries": rest}, work, sent)
+
+
+def _compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+    """A program, compiled, and XLA's text of it."""
+    if mesh.devices.flat[0].platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    # From the compiler's own dump: `as_text` fails on some asynchronous instructions of libtpu's compiler (seen with jaxlib 0.10.2).
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+        return compiled, written.read_text(encoding="utf-8")
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------
@@ -282,7 +339,7 @@ class Plan:
     mesh: dict[str, int]
     parameters: int
     dtype: str  # of the weights
-    slots: int  # the most that fit, a shard; 0: not even one
+    slots: int  # a shard: fit.slots, or the most that fit; 0: not even one
     edits: int  # that a shard fits in one go: no more slots are of use
     programs: tuple[Program, ...]
 
@@ -307,7 +364,10 @@ class Plan:
 
 
 def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """Compiles what a run of `config` with a model of `spec` needs on `target`. Raises `SealError` for a mesh that does not fit it."""
+    """Compiles what a run of `config` with a model of `spec` needs on `target`, with `fit.slots` or as many slots as fit.
+
+    Raises `SealError` for a mesh that does not fit the target.
+    """
     mesh, workload = mesh_lib.make(config.mesh, target.devices), Workload()
     programs = Programs(config, spec, mesh, workload)
     built: dict[int, Program] = {}
@@ -317,9 +377,12 @@ def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[st
         built[slots] = build(programs.fit(slots), mesh)
         return math.inf if math.isinf(built[slots].total) else built[slots].total
 
-    f = config.fit
-    first = plan.row_choices(programs.fit_length, f.batch_size, f.tokens_per_step, programs.edits)[-1]
-    found = memory.most_within(bytes_of, target.limit, first, programs.edits)
+    most = programs.edits
+    if config.fit.slots is not None:
+        most = min(most, config.fit.slots)
+        found = memory.Fits(most, int(used)) if (used := bytes_of(most)) <= target.limit else None
+    else:
+        found = memory.most_near(bytes_of, target.limit, most, 3 * programs.adapter)
     done = [built[found.slots if found else min(built)]]
     for case in (programs.prefill(), programs.decode(), programs.m_step()):
         say(f"compiling {case.name}: {case.shape}")

@@ -124,3 +124,14 @@ def test_a_device_that_does_not_tell_is_an_error():
     Silent.memory_stats = lambda self: {"bytes_limit": 1000}
     assert memory.device_limit(Mesh) == memory.SHARE * 1000
     assert memory.device_limit(mesh_lib.single()) > 2**28
+
+
+@pytest.mark.parametrize(("guess", "questions"), [(10.0, 2), (9.0, 3), (12.0, 3), (100.0, 3)])
+def test_a_guess_of_a_slot_saves_questions(guess, questions):
+    asked = []
+    near = lambda used, limit, most: memory.most_near(lambda k: asked.append(k) or used(k), limit, most, guess)  # noqa: E731
+    assert near(lambda k: 100 + 10 * k, 600, 75) == (50, 600) and asked[0] == 75 and len(asked) == questions
+    asked.clear()
+    assert near(lambda k: 100 + 10 * k, 600, 38) == (38, 480) and asked == [38]
+    assert near(lambda k: 10.0, 5.0, 9) is None and near(lambda k: 10.0, 5.0, 1) is None
+    assert 16 <= near(lambda k: 100 + 10 * k if k <= 20 else math.inf, 1000, 75).slots <= 20

@@ -110,6 +110,7 @@ def test_weights_of_published_shapes():
         "llama-3.2-1b": 1_235_814_400,
         "llama-3.1-8b": 8_030_261_248,
         "llama-3.1-70b": 70_553_706_496,
+        "llama-3.3-70b": 70_553_706_496,
     }
 
 
@@ -181,6 +182,10 @@ def test_a_plan_for_a_tpu(planned):
     spec, lora = from_hf(SPEC), config_lib.LoraConfig(8, 64.0, ["q_proj", "v_proj"])
     fit = found["programs"][0]
     assert fit["shape"] == "3 slots, steps of 3 x 1 x 48 tokens"
+    assert all(p["sent_bytes"]["fsdp"] > 1e5 for p in found["programs"]), "what the replica's two devices tell each other"
+    crossing = {p["name"]: sum(size for axes, size in p["sent_bytes"].items() if "edit" in axes) for p in found["programs"]}
+    gradients = found["programs"][3]["bytes"]["adapters"] / 3
+    assert crossing.pop("M-step") >= gradients / 2 and max(crossing.values()) < 4096, "of edits, nothing but a step's report"
     # Three rows cannot be dealt out over two devices: both compute all of them, each with its part of the weights.
     by_hand = cost.fit_flops(spec, lora, 144, 48, 144) / 2
     assert 0.9 * by_hand < fit["flops"] < 2.2 * by_hand
