@@ -59,12 +59,13 @@ class SweepConfig:
     space: Any = None  # config keys that trials differ in: a list of values, or {low, high} with log: true or without
     concurrent: int = 1  # trials at once, where there are resources for them
     resources: ResourcesConfig = dataclasses.field(default_factory=ResourcesConfig)
+    retries: int = 2  # how often a trial whose process was lost is started again, to go on where it was
     asha: AshaConfig | None = None  # {grace: 1, factor: 3}; null: all trials run to their end
     run_dir: str = "sweeps/${name}"  # the sweep's folder
 
 
 CHOICES = {"run": (None, "train", "evaluate"), "search": ("grid", "random", "optuna", "lanes"), "resources.tpu": (0, 1, 2, 4, 8)}
-AT_LEAST = {"trials": 1, "seed": 0, "concurrent": 1, "resources.cpu": 1, "resources.gpu": 0}
+AT_LEAST = {"trials": 1, "seed": 0, "concurrent": 1, "retries": 0, "resources.cpu": 1, "resources.gpu": 0}
 OWN = ("name", "run_dir")  # config keys that are each trial's own
 
 

@@ -76,12 +76,12 @@ class OptunaTrials(Searcher):
         return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if "value" not in result:  # the last one, which comes after its round's own
+        if "value" not in result and "error" not in result:  # the last one, which comes after its round's own
             self._asked[trial_id].report(result["reward"], result["round"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         asked, value = self._asked.pop(trial_id), (result or {}).get("value")
-        if error:
+        if error or "error" in (result or {}):
             self._study.tell(asked, state=TrialState.FAIL)
         elif value is None or math.isnan(value):
             self._study.tell(asked, state=TrialState.PRUNED)

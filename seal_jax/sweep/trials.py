@@ -113,9 +113,10 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
 
         try:
             told = measure(job.run, job.config, report)
-        except Exception:
+        except Exception as error:  # would come again, unlike the loss of the process, which Ray starts anew
             traceback.print_exc()  # into the log: the table has a line
-            raise
+            tune.report({"reward": float("nan"), "round": 0, "error": trial_lib.reason(error)})
+            return
         last = {"reward": _number((told["rewards"] or [None])[-1]), "round": told["round"]}
         tune.report({**last, "value": _number(table_lib.score(told)), "told": json.dumps(told)})
 
@@ -134,7 +135,11 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
                 **options,
             ),
             run_config=tune.RunConfig(
-                name=folder.name, storage_path=str(folder.parent), verbose=0, callbacks=[Records(sweep, total - left, total, keep, known)]
+                name=folder.name,
+                storage_path=str(folder.parent),
+                verbose=0,
+                callbacks=[Records(sweep, total - left, total, keep, known)],
+                failure_config=tune.FailureConfig(max_failures=sweep.config.retries),
             ),
         )
         tuner.fit()
@@ -194,8 +199,10 @@ class Records(tune.Callback):
         self._keep(self._record(trial, "running"))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        done = "value" in trial.last_result
-        self._end(self._record(trial, "done" if done else "stopped"))
+        if (error := trial.last_result.get("error")) is not None:
+            self._end(self._record(trial, "failed", error))
+        else:
+            self._end(self._record(trial, "done" if "value" in trial.last_result else "stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._failed.append(trial)  # Ray writes down why only after this

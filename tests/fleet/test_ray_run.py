@@ -14,6 +14,9 @@ from seal_jax import cli, config
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
 from seal_jax.runs.events import read_events
+from seal_jax.sweep import config as sweep_config
+from seal_jax.sweep import run as sweep_run
+from seal_jax.sweep import table as sweep_table
 
 ray = pytest.importorskip("ray", reason='runs by Ray\'s workers; pip install "seal_jax[ray]"')
 
@@ -114,6 +117,32 @@ def test_what_is_wrong_comes_as_one_line(cluster, tiny_run, tmp_path):
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
     with pytest.raises(SealError, match="not empty and not a run"):
         loop.train(by_workers(tiny_run, tiny_run.parent))
+
+
+def test_a_sweep_on_the_cluster_with_a_trial_killed(cluster, tiny_run, tmp_path):
+    """A trial whose process is lost is started again by Ray Tune, goes on in its run folder, and has the numbers of a run alone."""
+    killed, path = [], tmp_path / "sweep.yaml"
+    said = {"name": "two", "base": str(tiny_run.parent / "config.yaml"), "run": "evaluate", "run_dir": str(tmp_path / "sweep")}
+    path.write_text(json.dumps({**said, "concurrent": 2, "space": {"fit.learning_rate": [0.02, 0.01]}}))
+
+    def strike():
+        while not killed:
+            for folder in (tmp_path / "sweep/trials").glob("*/"):
+                if (folder / "evaluate/before/000.json").exists():
+                    os.kill(read_events(folder / "events.jsonl")[0]["pid"], signal.SIGKILL)
+                    killed.append(folder.name)
+                    return
+            time.sleep(0.02)
+
+    watch = threading.Thread(target=strike, daemon=True)
+    watch.start()
+    rows = sweep_run.run(sweep_config.load(path))["rows"]
+    watch.join(1)
+    assert killed and [row["status"] for row in rows] == ["done", "done"]
+    events = [e["event"] for e in read_events(tmp_path / "sweep/trials" / killed[0] / "events.jsonl")]
+    assert "created" in events and "opened" in events and events.count("unit_done") == 3, "it went on"
+    (same,) = [row for row in rows if row["settings"]["fit.learning_rate"] == 0.02]
+    assert same["result"] == sweep_table.result(json.loads((tiny_run / "table.json").read_text()), "base")
 
 
 def test_the_command_line_runs_by_workers(cluster, tiny_run, tmp_path, capsys):

@@ -77,16 +77,16 @@ def test_a_grid_of_real_trials(one_ray, seal, write_sweep, tiny_run, tmp_path):
 
 
 def test_a_crash_is_a_row_and_the_others_go_on(stand_in, write_sweep, tmp_path):
-    sweep = sweep_config.load(write_sweep(search="random", trials=3, space={"fit.learning_rate": [0.0005, 0.01, 0.02]}))
+    sweep = sweep_config.load(write_sweep(search="random", trials=3, retries=1, space={"fit.learning_rate": [0.0005, 0.01, 0.02]}))
     rows = sweep_run.run(sweep)["rows"]
     assert rates(rows, "done") == [0.02, 0.01], "best first"
     assert rates(rows, "failed") == [0.0005] and rows[-1]["problem"].startswith("its process died: ")
     called = [line.split() for line in stand_in.read_text().splitlines()]
-    assert len({pid for *_, pid in called}) == 3, "each in a process of its own"
+    assert len({pid for *_, pid in called}) == 4, "each in a process of its own, the one that died once more"
     assert {(threads, platform) for _, threads, platform, _ in called} == {("1", "cpu")}
     (tmp_path / "mended").touch()
     assert rates(sweep_run.run(sweep)["rows"], "done") == [0.02, 0.01, 0.0005]
-    assert len(stand_in.read_text().splitlines()) == 4, "finished ones are not run again"
+    assert len(stand_in.read_text().splitlines()) == 5, "finished ones are not run again"
 
 
 def test_optuna_goes_on_from_what_is_known_and_asha_stops_trials(stand_in, write_sweep, monkeypatch):
