@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import yaml
 
@@ -31,4 +29,3 @@ def one_ray():
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield trials
         ray.shutdown()
-    assert not [name for name in os.environ if name == "RAY_ADDRESS"]

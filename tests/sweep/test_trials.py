@@ -77,7 +77,9 @@ def test_a_grid_of_real_trials(one_ray, seal, write_sweep, tiny_run, tmp_path):
 
 
 def test_a_crash_is_a_row_and_the_others_go_on(stand_in, write_sweep, tmp_path):
-    sweep = sweep_config.load(write_sweep(search="random", trials=3, retries=1, space={"fit.learning_rate": [0.0005, 0.01, 0.02]}))
+    sweep = sweep_config.load(
+        write_sweep(search="random", trials=3, concurrent=2, retries=1, space={"fit.learning_rate": [0.0005, 0.01, 0.02]})
+    )
     rows = sweep_run.run(sweep)["rows"]
     assert rates(rows, "done") == [0.02, 0.01], "best first"
     assert rates(rows, "failed") == [0.0005] and rows[-1]["problem"].startswith("its process died: ")
