@@ -82,7 +82,7 @@ CELLS = (
     Cell("qwen2.5-7b", "v5p", "2x2x1"),
     Cell("qwen2.5-7b", "v6e", "2x2", ("sample.rows=16",)),
     Cell("qwen2.5-7b", "tpu7x", "2x2x1"),
-    Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2")),
+    Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "fit.slots=5")),
     Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4")),
     Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2")),
     Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2")),
@@ -189,7 +189,8 @@ bandwidth-bound programs by the share of the bandwidth that `python -m benchmark
 (`bandwidth_share`); of compute-bound ones by the share of the operations (`mfu` of `python -m benchmarks.fit`, over 0.7, because a roofline
 with `remat: full` counts recomputed operations and `mfu` does not). At 40 % of the roofline everything takes 2.5 times as long. Small
 steps are worse off, since what a step costs besides does not shrink. Steps that wait for their longest sequence, and hops between
-chips that are no neighbours, are not in it. Chip-hours are hours times chips; no price is assumed.
+chips that are no neighbours, are not in it; what a tpu7x chip's two devices tell each other counts as sent over links. Chip-hours are hours
+times chips; no price is assumed.
 
 ## One replica
 
@@ -199,7 +200,7 @@ B memory bandwidth, I interconnect.
 {replicas}
 
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
-adapters.
+adapters; `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as fsdp; jaxlib 0.10.2).
 
 {models}
 

@@ -46,10 +46,15 @@ def of_text(text: str, mesh: Mapping[str, int], trips: float = 1) -> list[Collec
         elif line.startswith(" "):
             current.append(line)
 
+    seen: set[str] = set()  # where compute runs beside a collective, each of the fusions that it is cut into names it again
+
     def walk(name: str) -> Iterator[Collective]:
         for line in computations.get(name, ()):
             if found := _COLLECTIVE.search(line):
-                yield from _read(line, found, mesh)
+                channel = re.search(r"channel_id=(\d+)", line)
+                if channel is None or channel[1] not in seen:
+                    yield from _read(line, found, mesh)
+                seen.update(channel.groups() if channel else ())
             elif found := _WHILE.search(line):
                 times = _trips(line, computations.get(found[1], ()), trips)
                 yield from (one._replace(times=one.times * times) for one in walk(found[2]))

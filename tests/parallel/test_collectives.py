@@ -58,6 +58,7 @@ HloModule jit_step, is_scheduled=true
 
 ENTRY %main (a: bf16[8,16]) -> f32[20] {
   %f = bf16[8,64] fusion(%a), kind=kCustom, calls=%fused
+  %rest = bf16[8,64] fusion(%f), kind=kCustom, calls=%fused
   %w = (s32[], f32[4]) while(%t), condition=%cond.1, body=%body.1
   %v = (s32[], f32[4]) while(%t), condition=%cond.2, body=%body.2
   %b = f32[4] conditional(%p, %c, %c), true_computation=%busy, false_computation=%idle
