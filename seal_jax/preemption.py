@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from seal_jax.parallel import peers
+from seal_jax.parallel import peers, processes
 from seal_jax.parallel.peers import Notice, Peers
 
 LIMIT = 20.0  # seconds from the notice to the end of a process whose main thread does not answer
@@ -266,6 +266,8 @@ def due() -> bool:
 
 
 def stop_if_due() -> None:
-    """Raises `Preempted` if `due` has said so."""
+    """Raises `Preempted` if `due` has said so. To be called by all processes of the run, after the first has saved."""
     if _watch is not None and _watch.notice is not None and _watch.saving:
+        if _watch.peers is not None:
+            processes.share(None)  # the others stay until it is written: JAX ends a run whose processes are missing
         raise Preempted(_watch.notice.text)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -77,6 +79,27 @@ def test_told_twice_a_process_ends_at_once(start, wait_for, ended, tiny_config, 
         os.kill(process.pid, second)
         assert ended(process, 10.0) == 128 + second
         assert said.read_text().splitlines()[-1] == f"seal-jax: told twice, ended at once; {preemption.GOES_ON}"
+
+
+CHILD = """
+import os, signal, time
+from seal_jax import preemption
+with preemption.watched():
+    child = os.fork()
+    if not child:
+        signal.pause()
+    time.sleep(0.3)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(preemption.notice(wait=1.0))
+print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+"""
+
+
+def test_a_forked_child_told_to_end_is_not_this_process():
+    """As the workers of a pool are when it closes."""
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["-15", "None", "True"], done.stderr
 
 
 # --- Training that is saved -----------------------------------------------------------------------------------------

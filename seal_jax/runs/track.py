@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import logging
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from seal_jax.parallel import processes
 from seal_jax.runs import events, files, health
 from seal_jax.runs.places import Place
 from seal_jax.runs.store import EVENTS, RunStore
+
+log = logging.getLogger(__name__)
 
 STEP = ("tokens", "tokens_per_s", "utilisation", "compiled", "compile_seconds", "memory", "memory_peak", "waiting")  # drawn of a step
 
@@ -142,6 +145,8 @@ def _profiling(folder: pathlib.Path) -> Iterator[None]:
     _Trace.folder, _Trace.groups = folder, 0
     try:
         yield
+        if _Trace.groups < 2:
+            log.warning("track.profile: no second group of contexts was measured here, so that there is no trace")
     finally:
         _Trace.folder = None
 

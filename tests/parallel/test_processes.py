@@ -135,7 +135,7 @@ def test_tpu_vms_of_a_slice_join_each_other(metadata, monkeypatch):
     assert not joined, "a single host"
     attributes["worker-network-endpoints"] = "unknown:8470:10.0.0.1,unknown:8470:10.0.0.2"
     processes.start()
-    assert joined == [{}]
+    assert joined == [{"heartbeat_timeout_seconds": 260}], "no address"
     assert set(asked) == {("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")}
 
 

@@ -12,6 +12,7 @@ from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
 from seal_jax.runs import health, track
+from seal_jax.runs.events import read_events
 from seal_jax.runs.places import place
 from seal_jax.runs.store import RunStore
 
@@ -78,6 +79,7 @@ def test_a_run_is_tracked_and_none_the_worse_for_it(settings, tiny_run, wandb, t
     # Gone on with: numbers go on, nothing is told twice, and it is the same run elsewhere.
     with RunStore.create_or_open(settings.run_dir, settings) as store, track.tracked(store, settings):
         health.tell("step", **dict.fromkeys(track.STEP, 1), kind="fit")
+    assert "track.profile: no second group" in read_events(tmp_path / "run" / "events.jsonl")[-2]["message"]
     assert wandb.logged[-1]["step"] == 10 and wandb.started[1]["id"] == started["id"]
 
 
