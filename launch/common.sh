@@ -219,7 +219,7 @@ begin_sync() { # copies results back every so many minutes, since a preempted ma
     trap 'kill $!; exit' TERM
     while :; do
       sleep $((60 * sync)) &
-      wait $!
+      wait $! 2>/dev/null # a signal between the two lines makes bash say that it has no such process
       fetch || note "this copy of the results failed; the next may not"
     done
   ) &
