@@ -122,7 +122,7 @@ def test_self_edits_depend_on_prompt_and_key_alone(policy, model):
 
 def test_max_tokens_beyond_the_context_end_at_the_context(model, monkeypatch):
     policy, requests = make_policy(model, sample={"max_tokens": 8192}, answer={"max_tokens": 500}), []
-    monkeypatch.setattr(policy, "_generate", lambda r, rows, lora, what: requests.extend(r) or ["" for _ in r])
+    monkeypatch.setattr(policy, "_generate", lambda r, rows, lora, kind, what: requests.extend(r) or ["" for _ in r])
     prompts = [Prompt(text="Tell of Orsk."), Prompt(text="Tell " * 40)]
     policy.write(prompts[:1], [[("x", 0)]])
     policy.answer([prompts])
