@@ -38,17 +38,17 @@ then exit 1; fi
 
 failed=0
 run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no more than are left
-  local name=$1 seconds=$2 left
-  shift 2
+  local name=$1 seconds=$2 module=benchmarks.$3 left
+  shift 3
   left=$((end - $(date +%s)))
   if [ "$left" -lt 25 ]; then
     echo "# left out, no time: $name"
     return
   fi
   [ "$seconds" -gt "$left" ] && seconds=$left
-  echo "# --- $name, at most $seconds s: python -m benchmarks.$*"
+  echo "# --- $name, at most $seconds s: python -m $module $*"
   # The benchmark plans with a little less than it is given: a case that runs on is better than one that is killed.
-  timeout --kill-after=5 "$seconds" "$python" -m "benchmarks.$@" --minutes "$(awk "BEGIN {print ($seconds - 15) * 0.85 / 60}")" \
+  timeout --kill-after=5 "$seconds" "$python" -m "$module" "$@" --minutes "$(awk "BEGIN {print ($seconds - 15) * 0.85 / 60}")" \
     --json "$log/lines.jsonl" 2>>"$log/stderr.txt" | tee -a "$log/stdout.txt"
   local status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] && return
@@ -58,11 +58,11 @@ run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no mor
 }
 
 lengths=${LENGTHS:-24,32,48,96,192,384} # few: each that is used is a compilation or three
-run fit-7b 200 fit --model qwen2.5-7b --k 128,32,8,1 --lengths $lengths --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
-run round-7b 130 round --model qwen2.5-7b --contexts 4 --lengths $lengths --repeats 1
+run fit-7b 200 fit --model qwen2.5-7b --k 128,32,8,1 --lengths "$lengths" --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
+run round-7b 130 round --model qwen2.5-7b --contexts 4 --lengths "$lengths" --repeats 1
 run sample-7b 90 sample --model qwen2.5-7b --rows 128,32 --adapters 32
-run fit-0.5b 60 fit --model qwen2.5-0.5b --k 64,1 --lengths $lengths --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
-run fit-1.5b 60 fit --model qwen2.5-1.5b --k 64,1 --lengths $lengths --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run fit-0.5b 60 fit --model qwen2.5-0.5b --k 64,1 --lengths "$lengths" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run fit-1.5b 60 fit --model qwen2.5-1.5b --k 64,1 --lengths "$lengths" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
 run sample-0.5b 30 sample --model qwen2.5-0.5b --rows 128 --adapters 0
 
 echo "# the JSON lines again, and how each case went"

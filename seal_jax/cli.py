@@ -169,16 +169,16 @@ def train(arguments: argparse.Namespace) -> None:
     if run is not None and chosen:
         raise SealError(f"run_dir={settings.run_dir}: the run in {run} goes on where it is; leave run_dir out, or give a config")
     _start("train", settings, f"run folder {settings.run_dir}")
-    from seal_jax.rest_em import loop
+    from seal_jax.fleet import run as fleet
 
-    _finish(settings.run_dir, loop.train(settings))
+    _finish(settings.run_dir, fleet.train(settings))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     settings, trained = _measured(arguments, "evaluate")
-    from seal_jax.rest_em import loop
+    from seal_jax.fleet import run as fleet
 
-    _finish(settings.run_dir, loop.evaluate_only(settings, trained))
+    _finish(settings.run_dir, fleet.evaluate(settings, trained))
 
 
 def continual(arguments: argparse.Namespace) -> None:

@@ -260,17 +260,11 @@ def train(
     store: RunStore | WorkerStore | None = None,
     after_round: Callable[[int, Sequence[dict[str, Any]]], None] | None = None,
 ) -> dict[str, Any]:
-    """The whole run; returns its table. Continues a run folder of the same configuration.
+    """The whole run, in this process; returns its table. Continues a run folder of the same configuration.
 
     `store`: where results are read and kept, for one of several workers; None: in the config's run folder, which is opened here.
     `after_round` is called after each round's M-step, of a run that goes on too, with the round's number and its E-step's records.
     """
-    if store is None and config.executor.name == "ray":
-        from seal_jax.fleet import ray_run
-
-        if after_round is not None:
-            raise SealError("executor.name=ray: a trial of a sweep is placed by Ray itself; set executor.name=local")
-        return ray_run.run(config, "train")
     with store or open_run(config) as store:
         refuse_evaluation(store, "train")
         claim(store, "train")

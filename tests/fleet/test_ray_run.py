@@ -12,7 +12,7 @@ import pytest
 
 from seal_jax import cli, config
 from seal_jax.errors import SealError
-from seal_jax.rest_em import loop
+from seal_jax.fleet import run as fleet_run
 from seal_jax.runs.events import read_events
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import run as sweep_run
@@ -74,7 +74,7 @@ def test_a_worker_that_is_killed_changes_nothing(cluster, tiny_run, tmp_path, un
     folder, killed = continued(tiny_run, tmp_path / "run", "evaluate/before"), []
     watch = threading.Thread(target=strike, args=(folder, "rounds/1/e_step", signal.SIGKILL, killed))
     watch.start()
-    table = loop.train(by_workers(tiny_run, folder))
+    table = fleet_run.train(by_workers(tiny_run, folder))
     watch.join()
     assert killed and list(lost(folder)) == killed
     assert table == json.loads((tiny_run / "table.json").read_text())
@@ -93,7 +93,7 @@ def test_a_worker_that_stalls_is_replaced(cluster, tiny_run, tmp_path, units):
     folder, stalled = continued(tiny_run, tmp_path / "run", *done), []
     watch = threading.Thread(target=strike, args=(folder, "evaluate/after/001", signal.SIGSTOP, stalled))
     watch.start()
-    loop.train(by_workers(tiny_run, folder, "executor.timeout=15", "executor.retries=20"))
+    fleet_run.train(by_workers(tiny_run, folder, "executor.timeout=15", "executor.retries=20"))
     watch.join()
     assert stalled and "stalled" in lost(folder)[stalled[0]]
     assert units(folder) == units(tiny_run)
@@ -103,7 +103,7 @@ def test_a_worker_of_two_hosts(cluster, tiny_run, tmp_path, units):
     """Its processes share a mesh, so that results are those of one process but for rounding, which moves no answer here."""
     folder = tmp_path / "run"
     settings = by_workers(tiny_run, folder, "executor.workers=1", "executor.hosts=2", "executor.cpus=0.5", "rest_em.rounds=0")
-    loop.train(settings)
+    fleet_run.train(settings)
     found, expected = units(folder)["evaluate/before/000"], units(tiny_run)["evaluate/before/000"]
     for mine, other in zip(found["contexts"], expected["contexts"], strict=True):
         assert [e["text"] for e in mine["edits"]] == [e["text"] for e in other["edits"]]
@@ -113,10 +113,10 @@ def test_a_worker_of_two_hosts(cluster, tiny_run, tmp_path, units):
 def test_what_is_wrong_comes_as_one_line(cluster, tiny_run, tmp_path):
     settings = by_workers(tiny_run, tmp_path / "run", f"model.name={tmp_path}/nothing")
     with pytest.raises(SealError, match="nothing"):
-        loop.train(settings)
+        fleet_run.train(settings)
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
     with pytest.raises(SealError, match="not empty and not a run"):
-        loop.train(by_workers(tiny_run, tiny_run.parent))
+        fleet_run.train(by_workers(tiny_run, tiny_run.parent))
 
 
 def test_a_sweep_on_the_cluster_with_a_trial_killed(cluster, tiny_run, tmp_path):
