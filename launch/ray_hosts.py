@@ -75,7 +75,7 @@ def hidden(path: pathlib.Path) -> list[str]:
 
 def unpack(archive: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        opened.extractall(".", filter="data")
+        opened.extractall(".", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # Python 3.11.4 and newer
 
 
 def environments(kind: str, address: str, hosts: int) -> list[dict[str, str]]:

@@ -217,11 +217,11 @@ def sweep(arguments: argparse.Namespace) -> None:
     from seal_jax.sweep import config as sweep_config
 
     asked = sweep_config.load(arguments.file, arguments.overrides)
-    text = f"seal-jax sweep: {asked.config.name}, {asked.config.search}, folder {asked.folder}"
+    text = f"{asked.config.search}, folder {asked.folder}"
     if asked.config.search == "lanes":
-        _start(text)  # trials join nobody: each is a process of its own
-    else:
-        _say(text)
+        _start("sweep", dataclasses.replace(asked.base, name=asked.config.name), text)
+    else:  # trials join nobody: each is a process of its own
+        _say(f"seal-jax sweep: {asked.config.name}, {text}")
     from seal_jax.sweep import run
     from seal_jax.sweep.table import format_table
 

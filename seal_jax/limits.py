@@ -115,6 +115,10 @@ def check(config: RunConfig, where: str) -> None:
         raise SealError(f"{where}: fit.max_steps={config.fit.max_steps}: expected at least 1, or null for no bound")
     if config.executor.timeout is not None and not config.executor.timeout > 0:
         raise SealError(f"{where}: executor.timeout={config.executor.timeout}: expected a number of seconds above 0, or null for never")
+    if config.executor.name == "ray" and not (
+        config.executor.cpus or config.executor.gpus or config.executor.tpus or config.executor.slice
+    ):
+        raise SealError(f"{where}: executor.cpus=0: a worker needs something of a machine: cpus, gpus, tpus or a slice")
     if config.executor.name == "ray" and config.track.profile is not None:
         raise SealError(f"{where}: track.profile={config.track.profile!r}: a trace is of one process; set executor.name=local")
     if config.executor.slice is not None and not re.fullmatch(r"[a-z0-9]+:\d+x\d+(x\d+)?", config.executor.slice):

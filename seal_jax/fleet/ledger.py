@@ -33,13 +33,21 @@ class Ledger:
         self._claims: dict[str, Claim] = {}
         self._whole: set[str] = set()  # units that were found or kept: not read again at each question
         self._said: set[str] = set()
+        self._seen: dict[str, float] = {}  # by worker: when it last asked, or was started
+        self._began: set[str] = set()  # workers that have asked
+        self._gone: set[str] = set()  # workers that were given up; what they ask comes too late
+        self._reported = -1  # units there were at the last report
         self.losses: collections.Counter[str] = collections.Counter()  # by unit: workers that were lost over it
 
     def claim(self, worker: str, names: Sequence[str], beside: str | None = None) -> dict[str, Any]:
-        """One of the units for `worker` to compute, {"compute": name}; {} if it has to wait for others; {"whole": True} if all are there.
+        """One of the units for `worker` to compute, {"compute": name}; {} if it has to wait for others; {"whole": True} if all are there;
+        {"lost": True} if the worker was given up.
 
         `beside`: the checkpoint that belongs to them, see `RunStore.once`.
         """
+        if worker in self._gone:
+            return {"lost": True}
+        self._saw(worker)
         open_units = [name for name in names if name not in self._whole]
         for name in open_units:
             if name in self._claims:
@@ -72,26 +80,43 @@ class Ledger:
         self.store.save(folder, tree, metadata)
         return True
 
-    def release(self, worker: str, reason: str) -> list[str]:
-        """Frees the claims of a lost worker; the units' names."""
+    def expect(self, worker: str) -> None:
+        """A worker was started."""
+        self._seen[worker] = self._clock()
+
+    def _saw(self, worker: str) -> None:
+        self._began.add(worker)
+        self._seen[worker] = self._clock()
+
+    def release(self, worker: str, reason: str) -> dict[str, Any]:
+        """Frees the claims of a lost worker. Its `units`, the most workers that one of them has cost (`losses`), and whether it `began`."""
+        self._gone.add(worker)
+        self._seen.pop(worker, None)
         lost = [name for name, claim in self._claims.items() if claim.worker == worker]
         for name in lost:
             del self._claims[name]
             self.losses[name] += 1
         self.store.log("worker_lost", worker=worker, units=lost, reason=reason)
-        return lost
+        return {"units": lost, "losses": max((self.losses[name] for name in lost), default=0), "began": worker in self._began}
 
     def overdue(self, seconds: float) -> list[str]:
-        """The workers that have had a unit for longer than that."""
+        """The workers that have had a unit for longer than that, or have none and have not asked for one."""
         now = self._clock()
-        return sorted({claim.worker for claim in self._claims.values() if now - claim.since > seconds})
+        late = {claim.worker for claim in self._claims.values() if now - claim.since > seconds}
+        busy = {claim.worker for claim in self._claims.values()}
+        return sorted(late | {worker for worker, seen in self._seen.items() if worker not in busy and now - seen > seconds})
 
-    def waiting(self) -> int:
-        """Claims that are open."""
-        return len(self._claims)
+    def report(self) -> None:
+        """Writes the report, if there is anything new: every worker asks for it after a round."""
+        if self._reported != len(self._whole):
+            self._reported = len(self._whole)
+            self.store.report()
 
     def log(self, event: str, fields: dict[str, Any]) -> None:
         """An event of a worker. What all of them say alike (of the run, not of a worker) stands in the log once."""
+        if fields.get("worker") in self._gone:
+            return
+        self._saw(fields["worker"])
         if event in ("skipped", "warning", "round"):
             fields = {key: value for key, value in fields.items() if key != "worker"}
             if (said := repr((event, sorted(fields.items())))) in self._said:

@@ -13,60 +13,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from typing import Any
 
 from seal_jax.config import ExecutorConfig, RunConfig
 from seal_jax.errors import SealError
+from seal_jax.fleet import cluster
 from seal_jax.fleet.ledger import Ledger
 from seal_jax.fleet.store import WorkerStore
 
+START = 120.0  # seconds for an actor to be there
 POLL = 1.0  # seconds between looks at stalled workers
 TELL = 60.0  # seconds between lines about resources that are waited for
-# Of the driver's environment, which workers need too, and the office for a run folder in S3.
-KEYS = ("HF_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL")
-KEYS += ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 VERSIONS = {"v5e": "v5litepod", "tpu7x": "v7x"}  # generations by Ray's names, where these differ
 
 
 def run(config: RunConfig, command: str, trained: str | None = None) -> dict[str, Any]:
     """`rest_em.loop.train` or, of the run `trained`, `evaluate_only` by workers; returns the table.
 
-    Joins the cluster that RAY_ADDRESS or Ray's own files name, or starts one on this machine. Raises `SealError` as those do, or if a unit
-    has been lost with its worker more than `executor.retries` times.
+    Raises `SealError` as those do, or if a unit has been lost with its worker more than `executor.retries` times.
     """
-    ray = _ray()
-    started = not ray.is_initialized()
-    if started:
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            ray.init(configure_logging=False, log_to_driver=True, include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SealError(f"executor.name=ray: no Ray cluster: {_line(error)}") from None
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts its own in the place of `seal_jax.preemption`'s
-    try:
-        return _Driver(ray, config, command, trained).run()
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise SealError('executor.name=ray needs Ray: pip install "seal_jax[ray]"') from None
-    return ray
-
-
-def _keys() -> dict[str, str]:
-    return {key: os.environ[key] for key in KEYS if key in os.environ}
+    with cluster.joined(log_to_driver=True):
+        return _Driver(cluster.ray(), config, command, trained).run()
 
 
 def _line(error: BaseException) -> str:
@@ -100,10 +70,6 @@ class Office:
             return self.store.keep(name, result, seconds) and None
         return getattr(self.ledger if hasattr(Ledger, method) else self.store, method)(*arguments)
 
-    def losses(self, units: list[str]) -> int:
-        """The most workers that any of the units has cost."""
-        return max((self.ledger.losses[name] for name in units), default=0)
-
     def close(self, error: str | None) -> None:
         """The end of the run, or its stop."""
         stopped = None if error is None else SealError(error)
@@ -119,18 +85,23 @@ class Worker:
 
     def address(self) -> str:
         """host:port for a coordinator here."""
+        import ray
+
         with socket.socket() as free:
             free.bind(("", 0))
-            return f"{socket.gethostbyname(socket.gethostname())}:{free.getsockname()[1]}"
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def run(self, config: RunConfig, command: str, trained: str | None, office: Any, environment: dict[str, str]) -> dict[str, Any]:
+    def run(
+        self, config: RunConfig, command: str, trained: str | None, office: Any, environment: dict[str, str], hosts: int
+    ) -> dict[str, Any]:
         """The whole program; its table."""
         import ray
 
         os.environ.update(environment)
-        from seal_jax.parallel import processes
+        if hosts > 1:  # otherwise what the environment says of other processes is not about this one
+            from seal_jax.parallel import processes
 
-        processes.start()
+            processes.start()
         from seal_jax.rest_em import loop
         from seal_jax.runs.store import versions
 
@@ -163,7 +134,7 @@ class _Slice:
 
     number: int
     life: int = 0  # how often it was started anew
-    barren: int = 0  # lives in a row that ended without a claim
+    barren: int = 0  # lives in a row that ended before the program began
     reserved: Any = None  # its TPU slice, if it wants one
     group: Any = None  # its placement group
     ready: Any = None  # the reference that tells when that is there
@@ -186,7 +157,7 @@ class _Driver:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(self.ray.get_runtime_context().get_node_id(), soft=False)
-        environment = {"env_vars": {**_keys(), "JAX_PLATFORMS": "cpu"}}  # it must not take an accelerator from a worker
+        environment = {"env_vars": {**cluster.keys(), "JAX_PLATFORMS": "cpu"}}  # it must not take an accelerator from a worker
         options = {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment, "max_concurrency": 1}
         self.office = self.ray.remote(Office).options(**options).remote(os.getcwd())
         try:
@@ -211,6 +182,8 @@ class _Driver:
     def _call(self, reference: Any) -> Any:
         """What an actor returns; its own `SealError` comes as itself."""
         try:
+            while not self.ray.wait([reference], timeout=POLL)[0]:
+                cluster.stop_if_told()
             return self.ray.get(reference)
         except self.ray.exceptions.RayTaskError as error:
             raise error.cause from None
@@ -232,7 +205,8 @@ class _Driver:
 
             version, _, topology = e.slice.partition(":")
             try:
-                part.reserved = slice_placement_group(topology=topology, accelerator_version=VERSIONS.get(version, version))
+                options = {"accelerator_version": VERSIONS.get(version, version), "head_reservation_timeout_s": POLL}
+                part.reserved = slice_placement_group(topology=topology, **options)
             except ValueError as error:
                 raise SealError(f"executor.slice={e.slice}: {_line(error)}") from None
             except (TimeoutError, RuntimeError):
@@ -242,7 +216,7 @@ class _Driver:
             from ray.util.placement_group import placement_group
 
             own = {"CPU": e.cpus, "GPU": e.gpus, "TPU": e.tpus}
-            part.group = placement_group([{kind: amount for kind, amount in own.items() if amount}] * e.hosts, strategy="SPREAD")
+            part.group = placement_group([{kind: amount for kind, amount in own.items() if amount}] * e.hosts, strategy="STRICT_SPREAD")
         part.ready = part.group.ready()
 
     def _launch(self, part: _Slice) -> None:
@@ -256,15 +230,20 @@ class _Driver:
             options = {"num_cpus": bundle.get("CPU", 0), "num_gpus": bundle.get("GPU", 0), "resources": more}
             actor = self.ray.remote(Worker).options(scheduling_strategy=place, max_restarts=0, **options)
             part.actors.append(actor.remote(part.name, os.getcwd()))
-        count, keys = len(part.actors), _keys()
-        environments = [keys] * count
-        tpus = any("TPU" in bundle for bundle in part.group.bundle_specs)
-        if count > 1 and not tpus:  # the hosts of a TPU slice know each other
-            shared = {**keys, "JAX_COORDINATOR_ADDRESS": self.ray.get(part.actors[0].address.remote()), "JAX_NUM_PROCESSES": str(count)}
-            environments = [{**shared, "JAX_PROCESS_ID": str(number)} for number in range(count)]
+        count = len(part.actors)
+        own = cluster.keys()
+        if not any(bundle.get(kind) for bundle in part.group.bundle_specs for kind in ("GPU", "TPU")):
+            own["JAX_PLATFORMS"] = "cpu"  # or workers that were given no accelerator would all start on the same
+            own["NPROC"] = str(max(1, round(self.executor.cpus)))  # by which XLA sizes its thread pools
+        if count > 1 and not any("TPU" in bundle for bundle in part.group.bundle_specs):  # the hosts of a TPU slice know each other
+            address = self.ray.get(part.actors[0].address.remote(), timeout=START)
+            own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        environments = [{**own, "JAX_PROCESS_ID": str(number)} if "JAX_NUM_PROCESSES" in own else own for number in range(count)]
         part.runs = [
-            actor.run.remote(self.config, *self.job, self.office, own) for actor, own in zip(part.actors, environments, strict=True)
+            actor.run.remote(self.config, *self.job, self.office, environment, count)
+            for actor, environment in zip(part.actors, environments, strict=True)
         ]
+        self._ask("expect", part.name)
 
     def _clear(self, part: _Slice) -> None:
         """Ends the worker's processes and gives its place back."""
@@ -272,22 +251,22 @@ class _Driver:
 
         for actor in part.actors:
             self.ray.kill(actor)
-        if part.reserved is not None:
-            part.reserved.shutdown()
-        elif part.group is not None:
-            remove_placement_group(part.group)
+        with contextlib.suppress(Exception):  # what is left of it goes with this process; the other workers must go now
+            if part.reserved is not None:
+                part.reserved.shutdown()
+            elif part.group is not None:
+                remove_placement_group(part.group)
         part.actors, part.runs, part.group, part.ready, part.reserved = [], [], None, None, None
 
     def _lost(self, part: _Slice, reason: str) -> None:
         """A worker's end before the run's: another takes its place, unless that has not helped so far."""
         self._clear(part)
-        units = self._ask("release", part.name, reason)
+        told = self._ask("release", part.name, reason)
         print(f"seal-jax: worker {part.name} was lost: {reason}", file=sys.stderr, flush=True)
-        if (losses := self._call(self.office.losses.remote(units))) > self.executor.retries:
-            raise SealError(
-                f"{units[0]}: {losses} workers were lost over it, the last: {reason}; nothing finished is lost, the same command goes on"
-            )
-        part.barren = 0 if units else part.barren + 1
+        if told["losses"] > self.executor.retries:
+            what = f"{', '.join(told['units'])}: {told['losses']} workers were lost over it, the last: {reason}"
+            raise SealError(f"{what}; nothing finished is lost, the same command goes on")
+        part.barren = 0 if told["began"] else part.barren + 1
         if part.barren > self.executor.retries:
             self.slices.remove(part)
             if not self.slices:
@@ -301,14 +280,15 @@ class _Driver:
     def _watch(self) -> dict[str, Any]:
         """Until a worker has the table."""
         while True:
+            cluster.stop_if_told()
             waited = {reference: part for part in self.slices for reference in ([part.ready] if part.ready is not None else part.runs)}
             done = self.ray.wait(list(waited), num_returns=1, timeout=POLL)[0] if waited else time.sleep(POLL) or []
             for reference in done:
                 part = waited[reference]
-                if reference is part.ready:
-                    self._launch(part)
-                    continue
                 try:
+                    if reference is part.ready:
+                        self._launch(part)
+                        continue
                     return self.ray.get(reference)
                 except self.ray.exceptions.RayTaskError as error:
                     if isinstance(error.cause, SealError):
@@ -325,10 +305,10 @@ class _Driver:
             self.looked = now
             late = self._ask("overdue", self.executor.timeout) if self.executor.timeout is not None else []
             for part in [part for part in self.slices if part.name in late]:
-                self._lost(part, f"stalled: no result in {self.executor.timeout:g} s (executor.timeout)")
+                self._lost(part, f"stalled: nothing came of it in {self.executor.timeout:g} s (executor.timeout)")
         if now - self.told >= TELL and (idle := [part for part in self.slices if not part.runs]):
             self.told = now
-            for part in [part for part in idle if part.group is None]:
+            for part in [part for part in idle if part.group is None][:1]:
                 self._place(part)
             have = {kind: amount for kind, amount in self.ray.cluster_resources().items() if kind in ("CPU", "GPU", "TPU")}
             print(f"seal-jax: waiting for Ray to place {len(idle)} of the workers; the cluster has {have}", file=sys.stderr, flush=True)

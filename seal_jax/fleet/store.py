@@ -53,6 +53,8 @@ class WorkerStore:
 
     def _all(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]], beside: str | None) -> list[dict[str, Any]]:
         while not (told := self._asked("claim", self.name, list(names), beside)).get("whole"):
+            if "lost" in told:
+                raise Lost(self.name)
             if "compute" not in told:
                 self._pause(WAIT)
                 continue

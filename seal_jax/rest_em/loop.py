@@ -337,10 +337,6 @@ def evaluate_only(
 
     `store`: as in `train`.
     """
-    if store is None and config.executor.name == "ray":
-        from seal_jax.fleet import ray_run
-
-        return ray_run.run(config, "evaluate", None if trained is None else str(trained))
     with store or open_run(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")

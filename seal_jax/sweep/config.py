@@ -138,14 +138,16 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
     fixed = space_lib.flatten(parts.get("set") or {})
     asked = space_lib.flatten(parts.get("space") or {}, ("low", "high", "log"))
     for key in (*fixed, *asked):
+        if key.startswith("executor."):
+            raise SealError(f"{where}: {key}: a trial runs in one process, and Ray places trials; leave it out")
         if key in OWN:
             raise SealError(f"{where}: {key}: each trial has its own; set the sweep's {key} instead")
     if both := sorted(fixed.keys() & asked.keys()):
         raise SealError(f"{where}: {both[0]} is in set and in space; leave it out of one")
     if not asked:
         raise SealError(f"{where}: space is empty: name the config keys that trials differ in")
-    base = config_lib.build(data, space_lib.overrides(fixed), where)
-    sweep = Sweep(config, base, {}, data, tuple(space_lib.overrides(fixed)), where)
+    overrides = (*space_lib.overrides(fixed), "executor.name=local")  # whatever the base has: Ray places trials
+    sweep = Sweep(config, config_lib.build(data, overrides, where), {}, data, overrides, where)
     space = {key: _dimension(sweep, key, space_lib.parse(key, value, where)) for key, value in asked.items()}
     if config.search == "grid" and (ranges := [key for key, d in space.items() if isinstance(d, Range)]):
         raise SealError(f"{where}: space.{ranges[0]} is a range, search is grid: give a list of values, or search: random or optuna")

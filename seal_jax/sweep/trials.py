@@ -5,15 +5,16 @@ What is known of a trial is in its record (`seal_jax.sweep.table`), which this p
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from seal_jax.fleet import cluster
 
 # Read by Ray when it is imported. In a folder of its own a trial would not find data files given relative to here; and Ctrl+C is ours.
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -21,10 +22,6 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "RAY_ADDRESS" not in os.environ:
-    # Off, Ray on this machine alone listens on the loopback interface alone, as it does by default on the systems that this is named for.
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 from ray import tune
@@ -41,29 +38,6 @@ from seal_jax.sweep.table import Record
 logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)  # which trials failed stands in our table, with the reason
 Measure = Callable[..., dict[str, Any]]  # as `trial.measure`
 FINISHED = ("done", "stopped")  # what is not run again
-
-
-@contextlib.contextmanager
-def cluster(resources: ResourcesConfig) -> Iterator[None]:
-    """Ray: as this process has it already, or the cluster at RAY_ADDRESS, or one of this machine, which ends with the block.
-
-    Raises `SealError` for resources that this machine has not.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    options = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(address=address or "local", **options, **({} if address else {"include_dashboard": False}))
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SealError(f"Ray did not start: {trial_lib.reason(error)}") from None
-    try:
-        if not address:  # a cluster may grow
-            check(resources, ray.cluster_resources())
-        yield
-    finally:
-        ray.shutdown()
 
 
 def bundle(resources: ResourcesConfig) -> dict[str, float]:
@@ -102,7 +76,10 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
     if left <= 0:
         return
 
+    keys = cluster.keys()
+
     def trainable(config: dict[str, Any]) -> None:
+        os.environ.update(keys)
         settings = json.loads(config["settings"])
         job = job_of(sweep, settings, cwd)
         trial_lib.prepare(job)
@@ -123,7 +100,7 @@ def run(sweep: Sweep, known: Sequence[Record], keep: Callable[[Record], None], m
     cwd = os.getcwd()
     folder = sweep.folder.resolve() / "ray"
     shutil.rmtree(folder, ignore_errors=True)  # nothing of it is needed to go on
-    with cluster(sweep.config.resources):
+    with cluster.joined(False, lambda there: check(sweep.config.resources, there)):
         asked = tune.PlacementGroupFactory([bundle(sweep.config.resources)])
         tuner = tune.Tuner(
             tune.with_resources(trainable, asked),
@@ -208,6 +185,7 @@ class Records(tune.Callback):
         self._failed.append(trial)  # Ray writes down why only after this
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        cluster.stop_if_told()
         for trial in [trial for trial in self._failed if trial.get_pickled_error() is not None]:
             self._failed.remove(trial)
             self._end(self._record(trial, "failed", problem(trial.get_pickled_error())))

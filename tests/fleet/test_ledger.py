@@ -31,7 +31,8 @@ def test_units_go_to_who_asks_first_and_count_once(ledger):
 
 def test_what_a_lost_worker_had_is_free_and_its_late_result_refused(ledger):
     ledger.claim("0.0", NAMES[:1])
-    assert ledger.release("0.0", "killed") == NAMES[:1]
+    assert ledger.release("0.0", "killed") == {"units": NAMES[:1], "losses": 1, "began": True}
+    assert ledger.claim("0.0", NAMES) == {"lost": True}, "what it asked before it was gone"
     assert not ledger.keep("0.0", NAMES[0], {"by": "nobody"}, 1.0)
     assert ledger.claim("1.0", NAMES[:1]) == {"compute": NAMES[0]}
     assert not ledger.keep("0.0", NAMES[0], {"by": "a ghost"}, 1.0)
@@ -60,12 +61,20 @@ def test_who_takes_too_long(ledger):
     ledger.claim("1.0", NAMES)
     ledger.now[0] = 11.0
     assert ledger.overdue(10.0) == ["0.0"]
-    assert ledger.waiting() == 2
+    ledger.expect("2.0")  # which never asks
+    ledger.claim("3.0", NAMES)  # waits for the others, and asks again
+    ledger.now[0] = 20.0
+    ledger.claim("3.0", NAMES)
+    ledger.now[0] = 22.0
+    assert ledger.overdue(10.5) == ["0.0", "1.0", "2.0"]
+    assert ledger.overdue(18.0) == ["0.0"]
+    assert ledger.release("2.0", "stalled") == {"units": [], "losses": 0, "began": False}
+    assert ledger.overdue(5.0) == ["0.0", "1.0"]
 
 
 def test_what_all_workers_say_stands_in_the_log_once(ledger):
     for worker in ("0.0", "1.0"):
-        ledger.log("skipped", {"reason": "no question", "count": 2})
+        ledger.log("skipped", {"worker": worker, "reason": "no question", "count": 2})
         ledger.log("worker_started", {"worker": worker})
     events = [e["event"] for e in read_events(ledger.store.folder / "events.jsonl")]
     assert (events.count("skipped"), events.count("worker_started")) == (1, 2)
