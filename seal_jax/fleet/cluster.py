@@ -43,7 +43,8 @@ def joined(log_to_driver: bool, check: Callable[[dict[str, float]], None] = lamb
     """
     module, address = ray(), os.environ.get("RAY_ADDRESS")
     if module.is_initialized():
-        yield
+        with preemption.at_steps():
+            yield
         return
     handler, main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
     try:
@@ -57,13 +58,14 @@ def joined(log_to_driver: bool, check: Callable[[dict[str, float]], None] = lamb
     try:
         if not address:  # a cluster may grow
             check(module.cluster_resources())
-        yield
+        with preemption.at_steps():  # Ray's calls do not bear that a signal's handler raises: `stop_if_told` does
+            yield
     finally:
         module.shutdown()
 
 
 def stop_if_told() -> None:
-    """Raises `Preempted` if this process was told to end: Ray's calls swallow what a signal's handler raises."""
+    """Raises `Preempted` if this process was told to end. To be called often by what runs in `joined`."""
     if (notice := preemption.notice()) is not None:
         raise preemption.Preempted(notice.text)
 

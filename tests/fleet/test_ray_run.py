@@ -5,6 +5,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -18,6 +20,7 @@ from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import run as sweep_run
 from seal_jax.sweep import table as sweep_table
 
+ROOT = pathlib.Path(__file__).parents[2]
 ray = pytest.importorskip("ray", reason='runs by Ray\'s workers; pip install "seal_jax[ray]"')
 
 
@@ -26,7 +29,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(pathlib.Path(__file__).parents[2]), before]))  # of the workers
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))  # of the workers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.2"})
     made.add_node(num_cpus=1, node_ip_address="127.0.0.3")
@@ -117,6 +120,22 @@ def test_what_is_wrong_comes_as_one_line(cluster, tiny_run, tmp_path):
     assert read_events(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stopped"
     with pytest.raises(SealError, match="not empty and not a run"):
         fleet_run.train(by_workers(tiny_run, tiny_run.parent))
+
+
+def test_a_driver_that_is_told_to_end_does(tiny_run, tmp_path):
+    """SIGTERM, which Ray would take for itself: code 143 and an end in the log, with a Ray of its own."""
+    folder = continued(tiny_run, tmp_path / "run", "evaluate/before")
+    command = [sys.executable, "-m", "seal_jax.cli", "train", tiny_run.parent / "config.yaml", "executor.name=ray", f"run_dir={folder}"]
+    with open(tmp_path / "said", "w") as said:
+        driver = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT)
+        end = time.monotonic() + 120
+        while not any(e["event"] == "worker_started" for e in read_events(folder / "events.jsonl")):
+            assert driver.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        driver.terminate()
+        assert driver.wait(40) == 143, (tmp_path / "said").read_text()
+    last = read_events(folder / "events.jsonl")[-1]
+    assert last["event"] == "stopped" and "SIGTERM" in last["error"]
 
 
 def test_a_sweep_on_the_cluster_with_a_trial_killed(cluster, tiny_run, tmp_path):

@@ -32,7 +32,7 @@ def apart(record):
     return record, [t.pop(key) for t in trials for key in ("loss_first", "loss_last")]
 
 
-def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeypatch):
+def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeypatch, capsys):
     """Number by number: self-edits, answers, verdicts, rewards, table; losses up to rounding."""
     sweep = sweep_config.load(write_sweep(search="lanes", space=SPACE, set={}))
     asked, answer = [], Policy.answer
@@ -42,6 +42,10 @@ def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeyp
     assert asked == [(1, True), (48, False)] * 2, "of each context: bare once, then all lanes' passages and self-edits at once"
     assert len(table["rows"]) == 8 and len({json.dumps(row["result"]) for row in table["rows"]}) > 1, "settings differ"
     monkeypatch.undo()
+    capsys.readouterr()
+    assert cli.main(["sweep", str(tmp_path / "sweep.yaml")]) == 0, "the command goes on with it"
+    assert f"table: {tmp_path / 'sweep/sweep.json'}" in capsys.readouterr().out
+    assert sweep_run.run(sweep)["rows"] == table["rows"]
 
     def compare(lane, unit, theirs):
         ours = json.loads((pathlib.Path(lane["run"]) / f"{unit}.json").read_text())
