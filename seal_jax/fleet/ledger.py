@@ -116,6 +116,8 @@ class Ledger:
         """An event of a worker. What all of them say alike (of the run, not of a worker) stands in the log once."""
         if fields.get("worker") in self._gone:
             return
+        if event == "worker_started" and not self._began:
+            self.store.ran_on({key: value for key, value in fields.items() if key not in ("worker", "pid", "host")})
         self._saw(fields["worker"])
         if event in ("skipped", "warning", "round"):
             fields = {key: value for key, value in fields.items() if key != "worker"}

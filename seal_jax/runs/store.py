@@ -1,7 +1,7 @@
 """The folder of a run: results by unit of work, so that a killed run goes on by computing what has no file yet.
 
     config.yaml       the resolved configuration
-    versions.json     packages, platform and devices of the run's first process
+    versions.json     packages, platform and devices of the run's first process, or first worker
     events.jsonl      what happened when (`seal_jax.runs.events`)
     <unit>.json       the result of a unit, say rounds/1/e_step/000.json; there and whole, or not there
     policy/1/         the policy's adapter after round 1 (`seal_jax.runs.checkpoint`)
@@ -108,11 +108,11 @@ class RunStore:
             with files.faults(self.folder):
                 for left in self.folder.rglob(f".*{files.TEMPORARY}"):
                     left.unlink(missing_ok=True)
-            before = now = versions()
+            elsewhere = config.executor.name == "ray"  # by workers, who tell theirs
             try:
-                before = read_unit(self.folder / VERSIONS)
+                read_unit(self.folder / VERSIONS)
             except (Missing, Damaged):
-                files.write_atomic(self.folder / VERSIONS, files.dump(now))
+                files.write_atomic(self.folder / VERSIONS, files.dump({} if elsewhere else versions()))
             if changed or not existed:  # last: with it the folder is a run
                 files.write_atomic(self.folder / CONFIG, config_lib.to_yaml(config).encode())
             path = self.folder / EVENTS
@@ -124,11 +124,19 @@ class RunStore:
                 self.log("unlocked", reason="the file system has no locks; see that one process works on this run at a time")
             if changed:
                 self.log("config_changed", changes=changed)
-            if differs := {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}:
-                self.log("versions_changed", changes=differs)
+            if not elsewhere:
+                self.ran_on(versions())
         except BaseException:
             self.close()
             raise
+
+    def ran_on(self, now: dict[str, Any]) -> None:
+        """Notes the `versions` of the process that computes, or logs what has changed in them since the run began."""
+        before = read_unit(self.folder / VERSIONS)
+        if not before:
+            files.write_atomic(self.folder / VERSIONS, files.dump(now))
+        elif differs := {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}:
+            self.log("versions_changed", changes=differs)
 
     def log(self, event: str, /, **fields: Any) -> None:
         """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from seal_jax import config
@@ -75,6 +77,16 @@ def test_who_takes_too_long(ledger):
 def test_what_all_workers_say_stands_in_the_log_once(ledger):
     for worker in ("0.0", "1.0"):
         ledger.log("skipped", {"worker": worker, "reason": "no question", "count": 2})
-        ledger.log("worker_started", {"worker": worker})
+        ledger.log("worker_started", {"worker": worker, "pid": 1, "host": "a", "device": "TPU v5"})
     events = [e["event"] for e in read_events(ledger.store.folder / "events.jsonl")]
     assert (events.count("skipped"), events.count("worker_started")) == (1, 2)
+
+
+def test_versions_are_the_workers(tmp_path, tiny_config):
+    """Not those of the process that has the folder, which has no accelerator."""
+    for device in ("TPU v5", "TPU v5", "TPU v6 lite"):
+        with RunStore.create_or_open(tmp_path / "run", config.load(tiny_config, ["executor.name=ray"])) as store:
+            Ledger(store).log("worker_started", {"worker": "0.0", "pid": 1, "host": "a", "device": device})
+    assert json.loads((tmp_path / "run/versions.json").read_text()) == {"device": "TPU v5"}
+    changed = [e["changes"] for e in read_events(tmp_path / "run/events.jsonl") if e["event"] == "versions_changed"]
+    assert changed == [{"device": ["TPU v5", "TPU v6 lite"]}]
