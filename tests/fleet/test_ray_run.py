@@ -28,18 +28,19 @@ ray = pytest.importorskip("ray", reason='runs by Ray\'s workers; pip install "se
 def cluster():
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))  # of the workers
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.2"})
-    made.add_node(num_cpus=1, node_ip_address="127.0.0.3")
-    ray.init(address=made.address, log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.2")
-    yield made
-    ray.shutdown()
-    made.shutdown()
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # of the workers; programs as in `quick_compile`, so that they share what `tiny_run` compiled
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "node_ip_address": "127.0.0.2"})
+        made.add_node(num_cpus=1, node_ip_address="127.0.0.3")
+        ray.init(address=made.address, log_to_driver=False, logging_level="ERROR", _node_ip_address="127.0.0.2")
+        yield made
+        ray.shutdown()
+        made.shutdown()
 
 
 def by_workers(tiny_run, folder, *overrides):
