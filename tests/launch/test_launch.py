@@ -1,5 +1,7 @@
 """The launchers: what they would do, that they do it, and that nothing is left behind. The tools are stand-ins (conftest.py)."""
 
+import importlib.util
+import json
 import pathlib
 import re
 import shlex
@@ -324,6 +326,12 @@ def test_ray_clusters(checkout):
 
     (text,) = checkout.documents(checkout("launcher", "--dry-run").out)
     made = yaml.safe_load(text)
+    if found := importlib.util.find_spec("ray"):  # its own schema of such files, which refuses keys that it does not know
+        schema = pathlib.Path(found.origin).parent / "autoscaler" / "ray-schema.json"
+        jsonschema = pytest.importorskip("jsonschema", reason="comes with Ray; pip install seal_jax[ray]")
+        jsonschema.validate(made, json.loads(schema.read_text()))
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**made, "max_worker": 1}, json.loads(schema.read_text()))
     assert made["provider"] == {"type": "gcp", "region": "us-east5", "availability_zone": "us-east5-b", "project_id": "mine"}
     assert made["head_node_type"] in made["available_node_types"]
     slice_ = made["available_node_types"]["slice"]
