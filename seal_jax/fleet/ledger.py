@@ -70,6 +70,7 @@ class Ledger:
         self.store.keep(name, result, seconds)
         del self._claims[name]
         self._whole.add(name)
+        self._saw(worker)  # or a long unit would count as silence as soon as it is done
         return True
 
     def save(self, worker: str, name: str, folder: str, tree: Any, metadata: dict[str, Any]) -> bool:

@@ -282,8 +282,9 @@ class _Driver:
         while True:
             cluster.stop_if_told()
             waited = {reference: part for part in self.slices for reference in ([part.ready] if part.ready is not None else part.runs)}
-            done = self.ray.wait(list(waited), num_returns=1, timeout=POLL)[0] if waited else time.sleep(POLL) or []
-            for reference in done:
+            if not waited:  # none has a place
+                time.sleep(POLL)
+            for reference in self.ray.wait(list(waited), num_returns=1, timeout=POLL)[0] if waited else ():
                 part = waited[reference]
                 try:
                     if reference is part.ready:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from seal_jax import logs
 from seal_jax.config import RunConfig
 from seal_jax.sweep import table as table_lib
 from seal_jax.sweep.config import ResourcesConfig
@@ -49,8 +49,7 @@ def prepare(job: Job) -> None:
             stream.flush()
     os.dup2(log, 1)
     os.dup2(log, 2)
-    for noisy in ("absl", "orbax", "jax", "httpx", "openai"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logs.setup()
 
 
 def measure(run: str, config: RunConfig, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

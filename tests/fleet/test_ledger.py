@@ -74,6 +74,14 @@ def test_who_takes_too_long(ledger):
     assert ledger.overdue(5.0) == ["0.0", "1.0"]
 
 
+def test_who_has_just_finished_is_not_silent(ledger):
+    ledger.claim("0.0", NAMES)
+    ledger.now[0] = 9.0
+    assert ledger.keep("0.0", NAMES[0], {"by": 0}, 9.0)
+    ledger.now[0] = 11.0
+    assert ledger.overdue(10.0) == []
+
+
 def test_what_all_workers_say_stands_in_the_log_once(ledger):
     for worker in ("0.0", "1.0"):
         ledger.log("skipped", {"worker": worker, "reason": "no question", "count": 2})
