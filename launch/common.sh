@@ -125,7 +125,7 @@ poll() { # poll SECONDS GOOD BAD COMMAND...: until it prints GOOD, kept in `said
       failures=$((failures + 1))
       [ "$failures" -lt 10 ] || return 1
     fi
-    sleep "$seconds" &
+    sleep "$seconds" >/dev/null 2>&1 &
     child=$!
     wait "$child" # so that a signal is heard at once
   done
@@ -216,9 +216,9 @@ begin_sync() { # copies results back every so many minutes, since a preempted ma
   [ "$dry_run" = yes ] && return
   (
     trap - EXIT
-    trap 'kill $!; exit' TERM
+    trap 'kill $(jobs -p) 2>/dev/null; exit' TERM
     while :; do
-      sleep $((60 * sync)) &
+      sleep $((60 * sync)) >/dev/null 2>&1 & # which, if it is left over, keeps nobody's output open
       wait $! 2>/dev/null # a signal between the two lines makes bash say that it has no such process
       fetch || note "this copy of the results failed; the next may not"
     done

@@ -50,6 +50,7 @@ def prepare(job: Job) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     logs.setup()
+    say(f"seal-jax {job.run}: {job.config.name}, run folder {job.config.run_dir}")
 
 
 def measure(run: str, config: RunConfig, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
