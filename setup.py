@@ -60,6 +60,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.8,<0.13"],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
+        "plan-gpu": ["jax[cuda13-local]>=0.8,<0.13"],  # the compiler for GPUs without CUDA's libraries: `seal-jax plan` needs no more
         "ray": clusters,
         "remote": ["fsspec>=2025.3", "gcsfs>=2025.3", "s3fs>=2025.3"],  # run folders in object stores: GCS, S3
         "tensorboard": ["tensorboardX>=2.6.2,<3"],

@@ -28,7 +28,7 @@ from benchmarks import workload  # noqa: E402
 from seal_jax import config as config_lib  # noqa: E402
 from seal_jax.models import shapes  # noqa: E402
 from seal_jax.parallel import mesh as mesh_lib  # noqa: E402
-from seal_jax.parallel import plan_table, scale, topology  # noqa: E402
+from seal_jax.parallel import plan_table, scale, targets, topology  # noqa: E402
 from seal_jax.parallel.chips import GIB, TPUS  # noqa: E402
 
 PAGE = HERE / "scale.md"
@@ -108,7 +108,7 @@ def versions() -> dict[str, str]:
 def record(cell: Cell) -> Record:
     """Compiles a cell's programs; minutes."""
     config = config_lib.load(ROOT / CONFIG, cell.overrides)
-    spec, target = shapes.find(cell.model), topology.tpu(cell.topology)
+    spec, target = shapes.find(cell.model), targets.named(cell.topology)
     plan = topology.make(config, spec, target, lambda text: print(text, file=sys.stderr))
     mesh = mesh_lib.make(config.mesh, target.devices)
     written = topology.build(topology.Programs(config, spec, mesh, plan.workload).write(), mesh)

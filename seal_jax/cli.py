@@ -126,8 +126,8 @@ def parser() -> argparse.ArgumentParser:
     made = command("plan", plan, "what a config takes on devices that are not there: memory, time and edits an hour, from the compiler")
     made.add_argument("config", help="a YAML config")
     made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config keys to set, say mesh.fsdp=4")
-    made.add_argument("--topology", metavar="NAME", help="the TPUs to compile for, say v5p:2x2x4, v5e:2x4, v6e:2x2 or tpu7x:2x2x1")
-    made.add_argument("--devices", choices=("tpu", "cpu"), default="tpu", help="cpu: for the CPUs that are here instead")
+    made.add_argument("--topology", metavar="NAME", help="what to compile for: TPUs, say v5p:2x2x4 or v6e:2x2, or GPUs, say h200 or h100:8")
+    made.add_argument("--devices", choices=("cpu",), help="cpu: for the CPUs that are here instead")
     made.add_argument("--spec", help="the model's shape, where model.name is out of reach: qwen2.5-7b, say, a config.json or a hub id")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     made = command("report", report, "write the report of a run, finished or not")
@@ -260,13 +260,13 @@ def export(arguments: argparse.Namespace) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
-    if (arguments.topology is None) == (arguments.devices == "tpu"):
+    if (arguments.topology is None) == (arguments.devices is None):
         raise SealError("plan wants either --topology NAME, say v5p:2x2x4, or --devices cpu; see seal-jax plan --help")
     from seal_jax.models import shapes
-    from seal_jax.parallel import plan_table, topology
+    from seal_jax.parallel import plan_table, targets, topology
 
     model = arguments.spec or settings.model.name
-    target = topology.here() if arguments.topology is None else topology.tpu(arguments.topology)
+    target = targets.here() if arguments.topology is None else targets.named(arguments.topology)
     made = plan_table.record(topology.make(settings, shapes.find(model), target, _say), settings, model)
     print(json.dumps(made) if arguments.json else plan_table.table(made))
 

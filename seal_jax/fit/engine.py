@@ -23,6 +23,7 @@ from seal_jax.fit import plan
 from seal_jax.fit import step as step_lib
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder, packed
+from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
 
 ADMIT = 8  # edits a shard whose initial adapters are made at once
@@ -67,7 +68,7 @@ class Fitted:
 # --- Device programs -----------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(6,), compiler_options=compiler.OPTIONS)
 def _step(
     decoder: Decoder, chunk: int, mesh: Mesh, penalised: bool, params: Any, held: Any, state: step_lib.FitState, batch: step_lib.Batch
 ) -> Any:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from seal_jax.fit.loss import cross_entropy
 from seal_jax.fit.plan import LENGTHS, padded_length
 from seal_jax.models.decoder import Decoder, head, packed
+from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
 
 ADAPTERS = 8  # whose activations are in memory at once, on each shard
@@ -74,7 +75,7 @@ def divergence(decoder: Decoder, params: Any, before: Any, after: Any, texts: Te
     return np.asarray(mesh_lib.fetch(sums), np.float64) / texts.labels
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=compiler.OPTIONS)
 def _nll(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, texts: Texts) -> jax.Array:
     """[E] float32, summed over the texts."""
 
@@ -93,7 +94,7 @@ def _nll(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, texts: Texts) -> 
     return _each(lambda params, texts, lora: one(params, lora, texts), mesh)(params, texts, lora)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=compiler.OPTIONS)
 def _divergence(decoder: Decoder, mesh: Mesh, params: Any, before: Any, after: Any, texts: Texts) -> jax.Array:
     """[E] float32, summed over the texts."""
 

@@ -18,11 +18,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from seal_jax.models.spec import DecoderSpec
 
+PROJECTED = "projected"  # results of projections that the backward pass needs again
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -87,19 +89,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first
     if first is not None:
         visible &= jnp.arange(length)[None, None, :] >= first[:, :, None]
     hidden = jnp.finfo(jnp.float32).min
-    if count == 1:
-        # Decoding: products and sums that fuse into one pass over the cache; as many tiny matrix products it is several times slower.
+
+    def products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        # One axis for all queries of a group: products of bfloat16 into float32 exist on every backend in this plain form alone.
+        q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+        logits = jnp.einsum("bgqh,bghs->bgqs", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
+        logits = jnp.where(visible[:, None, None], logits.reshape(rows, groups, heads // groups, count, length), hidden)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        return jnp.einsum("bgrts,bgsh->btgrh", weights, v)
+
+    def sums(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         each = q[:, 0, ..., None].astype(jnp.float32)  # [B, G, H/G, h, 1]
         logits = jnp.sum(each * k[:, :, None].astype(jnp.float32), axis=-2) * (1.0 / math.sqrt(width))
         weights = jax.nn.softmax(jnp.where(visible[:, None], logits, hidden), axis=-1)
-        out = jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=-2).astype(v.dtype)
-        return out.reshape(rows, count, heads, width)
-    # One axis for all queries of a group: products of bfloat16 into float32 exist on every backend in this plain form alone.
-    q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
-    logits = jnp.einsum("bgqh,bghs->bgqs", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
-    logits = jnp.where(visible[:, None, None], logits.reshape(rows, groups, heads // groups, count, length), hidden)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(rows, count, heads, width)
+        return jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=-2).astype(v.dtype)[:, None]
+
+    # Decoding on a CPU: sums that fuse into one pass over the cache; as many tiny matrix products it is several times slower. An
+    # accelerator would read the cache once for each query of a group.
+    out = jax.lax.platform_dependent(q, k, v, cpu=sums, default=products) if count == 1 else products(q, k, v)
+    return out.reshape(rows, count, heads, width)
 
 
 class RMSNorm(nn.Module):
@@ -171,6 +179,12 @@ def _projected_backward(saved: Any, slope: jax.Array) -> tuple[Any, ...]:
 projected.defvjp(_projected, _projected_backward)
 
 
+def kept(x: jax.Array) -> jax.Array:
+    """What a projection gave, for a backward pass that needs it again. An array of its own: XLA for GPUs writes a product that is kept
+    straight to where those of all layers are, and computes it once more for whoever else uses it."""
+    return checkpoint_name(jax.lax.optimization_barrier(x), PROJECTED)
+
+
 class Linear(nn.Module):
     """x @ kernel (+ bias) (+ x @ a @ b, if the collection `lora` has this projection, and again for `held`). Compute dtype: that of `x`."""
 
@@ -202,7 +216,8 @@ class Attention(nn.Module):
         rows, count, _ = x.shape
 
         def heads(name: str, number: int) -> jax.Array:
-            return Linear(number * s.head_dim, s.qkv_bias, name=name)(x).reshape(rows, count, number, s.head_dim)
+            y = Linear(number * s.head_dim, s.qkv_bias, name=name)(x)
+            return (kept(y) if cache is None else y).reshape(rows, count, number, s.head_dim)
 
         q, k, v = heads("q_proj", s.num_heads), heads("k_proj", s.num_kv_heads), heads("v_proj", s.num_kv_heads)
         if s.qk_norm:
@@ -233,9 +248,10 @@ class Mlp(nn.Module):
     spec: DecoderSpec
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = Linear(self.spec.intermediate_size, name="gate_proj")(x)
-        up = Linear(self.spec.intermediate_size, name="up_proj")(x)
+    def __call__(self, x: jax.Array, keep: bool) -> jax.Array:
+        gate, up = (Linear(self.spec.intermediate_size, name=name)(x) for name in ("gate_proj", "up_proj"))
+        if keep:
+            gate, up = kept(gate), kept(up)
         hidden = jax.checkpoint(lambda gate, up: jax.nn.silu(gate) * up, prevent_cse=False)(gate, up)
         return Linear(x.shape[-1], name="down_proj")(hidden)
 
@@ -255,7 +271,7 @@ class Block(nn.Module):
         normed = RMSNorm(self.spec.norm_eps, name="input_norm")(x)
         attended, cache = Attention(self.spec, name="attn")(normed, positions, first, cache, layer)
         x = x + attended
-        x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x))
+        x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x), cache is None)
         return (x, cache), None
 
 

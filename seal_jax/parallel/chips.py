@@ -28,14 +28,15 @@ TPUS = {
     "TPU v6 lite": Chip("v6e", 918e12, 1638e9, 32 * GIB, 400e9),  # cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps
     "TPU7x": Chip("tpu7x", 2307e12, 7380e9, 192 * GIB, 600e9),  # cloud.google.com/tpu/docs/tpu7x: 2307 TFLOPs, 192 GiB, 7380 GBps
 }
-# Sources: NVIDIA's data sheets; where they give operations with sparsity, half of that.
+# Sources: NVIDIA's data sheets; where they give operations with sparsity, half of that. Of NVLink (PCIe for the L4) they give both
+# directions together, of which half goes out.
 GPUS = {
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 312e12, 1555e9, 40e9),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 2039e9, 80e9),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 3350e9, 80e9),
-    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 2000e9, 80e9),
-    "NVIDIA H200": Chip("H200", 989e12, 4800e9, 141e9),
-    "NVIDIA L4": Chip("L4", 121e12, 300e9, 24e9),
+    "NVIDIA A100-SXM4-40GB": Chip("A100-40GB", 312e12, 1555e9, 40e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 312e12, 2039e9, 80e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 3350e9, 80e9, 450e9),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 2000e9, 80e9, 300e9),
+    "NVIDIA H200": Chip("H200", 989e12, 4800e9, 141e9, 450e9),
+    "NVIDIA L4": Chip("L4", 121e12, 300e9, 24e9, 32e9),
 }
 
 

@@ -116,20 +116,25 @@ def _groups(line: str, devices: int) -> np.ndarray[Any, Any]:
     if found := re.search(r"replica_groups=\{\{([\d,{} ]+)\}\}", line):
         return np.asarray([[int(n) for n in group.split(",")] for group in re.split(r"\},\s*\{", found[1])])
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(devices).reshape([int(n) for n in found[3].split(",")])
-        if found[4]:
-            ids = ids.transpose([int(n) for n in found[4].split(",")])
-        return ids.reshape(int(found[1]), int(found[2]))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        return _iota(found[3], found[4]).reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        across = re.findall(r"'(\w+)'", found[2])
+        across = re.findall(r"'(\w+)'", found[4])
         order = [name for name in sizes if name not in across] + across
-        if ":" not in found[2]:
-            ids = np.arange(devices).reshape(list(sizes.values())).transpose([list(sizes).index(name) for name in order])
+        if ":" not in found[4]:
+            ids = _iota(found[2], found[3]) if found[2] else np.arange(devices)
+            ids = ids.reshape(list(sizes.values())).transpose([list(sizes).index(name) for name in order])
             return ids.reshape(-1, int(np.prod([sizes[name] for name in across])))
     if re.search(r"replica_groups=\{\}", line):
         return np.arange(devices)[None]
     raise ValueError(f"groups of devices in a form that is not known: {line.strip()[:300]}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray[Any, Any]:
+    """0, 1, 2, ... laid out as `shape`, with its axes then in another `order`: both as XLA writes them, "2,4"."""
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(int(np.prod(sizes))).reshape(sizes)
+    return ids if order is None else ids.transpose([int(n) for n in order.split(",")])
 
 
 def _axes(groups: np.ndarray[Any, Any], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from seal_jax.config import RunConfig
 from seal_jax.parallel.chips import GIB
-from seal_jax.parallel.topology import Plan, Program, Target
+from seal_jax.parallel.targets import Target
+from seal_jax.parallel.topology import Plan, Program
 
 KINDS = ("weights", "adapters", "caches", "temporaries")
 

@@ -8,57 +8,33 @@ by a factor that only a measurement tells.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.util
 import math
-import os
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from seal_jax.config import RunConfig
-from seal_jax.errors import SealError
 from seal_jax.fit import memory, plan
 from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine, Tokens
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.load import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import leaves, nest
-from seal_jax.parallel import chips, collectives, cost
+from seal_jax.parallel import collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel.targets import Target
 from seal_jax.sample import decode
 from seal_jax.sample.engine import ROOM
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
-
-# libtpu's environment where there is no TPU: what it would otherwise ask a metadata server for, or complain that it did not get.
-COMPILER = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock is for the chips, of which none is used: several plans may be made at once
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The devices to plan for. A device is a chip, or one of the `per_chip` parts that JAX sees of it; the figures are one device's."""
-
-    name: str
-    devices: tuple[Any, ...]
-    per_chip: int
-    memory: float  # bytes
-    limit: float  # bytes of them that programs may take
-    flops: float | None  # bf16 FLOP/s; None: unknown
-    bandwidth: float | None  # bytes/s
-    links: float | None  # bytes/s sent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,37 +89,6 @@ class Program:
         return max(self.work.flops / target.flops, self.case.least / target.bandwidth, sent / target.links)
 
 
-# --- Devices ---------------------------------------------------------------------------------------------------------
-
-
-def tpu(name: str) -> Target:
-    """The TPU topology `name`, say "v5p:2x2x4". Raises `SealError` if there is none, or no compiler for it."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise SealError('compiling for TPUs needs the package libtpu: pip install "seal_jax[tpu]"; or --devices cpu')
-    for key, value in COMPILER.items():
-        os.environ.setdefault(key, value)
-    from jax.experimental import topologies
-
-    try:
-        devices = tuple(topologies.get_topology_desc(name, platform="tpu").devices)
-    except Exception as error:  # jaxlib's, of several kinds
-        raise SealError(f"--topology {name}: {' '.join(str(error).split())[:200]}; known are, say, v5e:2x4, v5p:2x2x1, v6e:2x2") from None
-    chip = chips.TPUS.get(devices[0].device_kind)
-    if chip is None:
-        known = ", ".join(c.name for c in chips.TPUS.values())
-        raise SealError(f"--topology {name}: nothing is known of {devices[0].device_kind}; known: {known}")
-    parts = chips.per_chip(devices)
-    share = chip.memory / parts
-    return Target(name, devices, parts, share, memory.SHARE * share, chip.flops / parts, chip.bandwidth / parts, chip.links / parts)
-
-
-def here() -> Target:
-    """The devices of this process, of whose speed nothing is known."""
-    devices = tuple(jax.devices())
-    limit = memory.device_limit(mesh_lib.single())
-    return Target(devices[0].device_kind, devices, 1, limit, limit, None, None, None)
-
-
 # --- Programs --------------------------------------------------------------------------------------------------------
 
 
@@ -153,7 +98,7 @@ class Programs:
     def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload):
         self.config, self.spec, self.mesh, self.workload = config, spec, mesh, workload
         self.shards = mesh_lib.shards(mesh)
-        elsewhere = mesh.devices.flat[0].platform == "tpu"
+        elsewhere = mesh.devices.flat[0].platform != "cpu"
         weights = jnp.dtype("bfloat16") if elsewhere and config.model.dtype == "auto" else resolve_dtype(config.model.dtype)
         self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), config.model.remat)
         where = mesh_lib.parameter_sharding(mesh)
@@ -302,7 +247,7 @@ def build(case: Case, mesh: Mesh) -> Program:
     """Compiles a case for the devices of `mesh`."""
     traced = case.trace()
     try:
-        compiled, text = _compiled(traced.lower(), mesh)
+        compiled, text = compiled_text(traced.lower(), mesh)
     except jax.errors.JaxRuntimeError as error:
         used = memory.refused_bytes(error)
         if used is None:
@@ -315,16 +260,31 @@ def build(case: Case, mesh: Mesh) -> Program:
     return Program(case, {**case.kinds, "temporaries": rest}, work, sent)
 
 
-def _compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
+def compiled_text(lowered: jax.stages.Lowered, mesh: Mesh) -> tuple[jax.stages.Compiled, str]:
     """A program, compiled, and XLA's text of it."""
-    if mesh.devices.flat[0].platform != "tpu":
-        compiled = lowered.compile()
-        return compiled, compiled.as_text()
-    # From the compiler's own dump: `as_text` fails on some asynchronous instructions of libtpu's compiler (seen with jaxlib 0.10.2).
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-        return compiled, written.read_text(encoding="utf-8")
+    platform = mesh.devices.flat[0].platform
+    with contextlib.nullcontext() if platform == "cpu" else _uncached():
+        if platform != "tpu":
+            compiled = lowered.compile()
+            return compiled, compiled.as_text()
+        # From the compiler's own dump: `as_text` fails on some asynchronous instructions of libtpu's compiler (seen with jaxlib 0.10.2).
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            (written,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+            return compiled, written.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the compilation cache: JAX writes programs for devices that are not there, but cannot read them back."""
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it has remembered whether it is in use
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------

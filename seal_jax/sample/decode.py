@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from seal_jax.models.decoder import Cache, Decoder, empty_cache, logits
+from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample.logits import Guide, Sampling, pick
 
@@ -87,7 +88,7 @@ def _rows(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> 
     return Rows(cache, zero, zero, zero, zero, zero == 0, jnp.zeros((*shape, out), jnp.int32), zero, sampling)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=compiler.OPTIONS)
 def prefill(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
     """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` [E, ...] or None)."""
     shard = functools.partial(_prefill, decoder)
@@ -174,7 +175,7 @@ def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
     return functools.reduce(jnp.logical_or, [token == s for s in stop], jnp.zeros_like(token, bool))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5,), compiler_options=compiler.OPTIONS)
 def decode(
     decoder: Decoder, stop: tuple[int, ...], mesh: Mesh, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None = None
 ) -> Rows:

@@ -27,6 +27,7 @@ from seal_jax.fit import plan
 from seal_jax.fit.step import Hyper
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder, packed
+from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sft import pack
 from seal_jax.sft import step as step_lib
@@ -52,7 +53,7 @@ def _placed(state: step_lib.SftState, mesh: Mesh) -> step_lib.SftState:
     return jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(5,), compiler_options=compiler.OPTIONS)
 def _step(
     decoder: Decoder,
     chunk: int,

@@ -93,6 +93,11 @@ def test_what_xla_notes_of_a_loop_comes_first():
     assert collectives.of_text(noted, MESH, trips=3)[2].times == 5
 
 
+def test_a_mesh_may_list_the_devices_in_another_order():
+    other = TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", "mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}")
+    assert other != TEXT and collectives.of_text(other, MESH, trips=3) == collectives.of_text(TEXT, MESH, trips=3)
+
+
 def test_groups_of_an_unknown_form_are_refused():
     with pytest.raises(ValueError, match=r"a form that is not known: .*last"):
         collectives.of_text(TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", "mesh['axis_0'=8] {'axis_0':(1)2}"), MESH)

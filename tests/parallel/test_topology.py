@@ -14,7 +14,7 @@ from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.models import shapes
 from seal_jax.models.spec import from_hf
-from seal_jax.parallel import cost, plan_table, topology
+from seal_jax.parallel import cost, plan_table, targets, topology
 from seal_jax.parallel import mesh as mesh_lib
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs, libtpu, is not installed")
@@ -194,7 +194,7 @@ def test_a_plan_for_a_tpu(planned):
 @needs_libtpu
 def test_a_model_that_is_too_large_does_not_fit(settings):
     """What the compiler refuses is an answer, not a failure."""
-    target = topology.tpu("v5e:2x2")
+    target = targets.named("v5e:2x2")
     mesh = mesh_lib.make(settings.mesh, target.devices)
     programs = topology.Programs(settings, shapes.published("llama-3.1-70b"), mesh, topology.Workload())
     program = topology.build(programs.decode(), mesh)
