@@ -57,5 +57,5 @@ def matrix_parameters(spec: DecoderSpec) -> int:
 def decode_bytes(spec: DecoderSpec, itemsize: int, positions: Sequence[float], adapters: int = 0, lora: LoraConfig | None = None) -> float:
     """The fewest bytes that one decoding step reads: every weight once, each adapter once, and the cache of rows at `positions`."""
     cache = sum(positions) * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize
-    own = adapters * lora_lib.count(spec, lora.rank, lora.targets) * 4 if lora is not None else 0
+    own = adapters * lora_lib.count(spec, lora.rank, lora.targets) * itemsize if lora is not None else 0
     return matrix_parameters(spec) * itemsize + cache + own

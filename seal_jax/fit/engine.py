@@ -242,15 +242,20 @@ class FitEngine:
         state = jax.eval_shape(lambda: step_lib.empty_state(shapes, mesh_lib.shards(self.mesh) * slots))
         return jax.tree.map(_abstract, state, state_shardings(self.mesh, shapes, state))
 
+    def abstract_batch(self, length: int, rows: int, held: bool = False) -> step_lib.Batch:
+        """The batch of a step of `rows` rows of `length` tokens a shard, for edits that stand on held adapters or on none."""
+        tokens = (mesh_lib.shards(self.mesh) * rows, self.batch_size, length)
+        kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
+        kinds += ((tokens[:1], jnp.int32),) if held else ()
+        edits = mesh_lib.edit_sharding(self.mesh)
+        return step_lib.Batch(*(jax.ShapeDtypeStruct(*kind, sharding=edits) for kind in kinds))
+
     def trace(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Traced:
         """The program of a step of `rows` rows of `length` tokens a shard, with `slots` slots a shard, for arrays that need not exist.
 
         `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
         """
-        tokens = (mesh_lib.shards(self.mesh) * rows, self.batch_size, length)
-        kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
-        edits = mesh_lib.edit_sharding(self.mesh)
-        batch = step_lib.Batch(*(_abstract(jax.ShapeDtypeStruct(*kind), edits) for kind in kinds))
+        batch = self.abstract_batch(length, rows)
         return _step.trace(self.decoder, LOSS_POSITIONS, self.mesh, False, params, None, self.abstract_state(slots), batch)
 
     def lower(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Lowered:
@@ -302,30 +307,38 @@ class _Fit:
         self.room = -(-most // ADMIT) * ADMIT if most > 1 else 1
         self.places += np.asarray(shard_of, int) * self.room
         self.slots = min(engine.slots, self.room)
-        self.schedule = plan.Schedule(lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards)
+        self._schedule = functools.partial(
+            plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards
+        )
+        self.schedule = self._schedule()
         self.hyper = hyper(jobs)
         self.waiting = len(jobs)
         self.waste = plan.Waste()
         self.state, self.out = _empty(self.mesh, engine.decoder.spec, engine.rank, engine.targets, self.slots, self.room)()
+        self.empty = jax.tree.map(lambda x: _abstract(x, x.sharding), self.state)
 
     def run(self, progress: Callable[..., None] | None) -> Fitted:
         issued: list[_Issued] = []
         pending: collections.deque[_Issued] = collections.deque()
         early = any(map(ends_early, self.jobs))
-        for action in self.schedule:
-            if isinstance(action, plan.Admit):
-                self._admit(action)
-                self.waiting -= len(action.edits)
-            elif isinstance(action, plan.Retire):
-                self._retire(action)
-            else:
-                issued.append(self._step(action))
-                if progress is not None or early:
-                    pending.append(issued[-1])
-                    if len(pending) > AHEAD:
-                        self._look(pending.popleft(), early, progress)
-        while pending:
-            self._look(pending.popleft(), False, progress)
+        # Steps as they will come, unless edits end early.
+        steps = ((step.length, step.rows) for step in self._schedule() if isinstance(step, plan.Step))
+        with compiler.Ahead(self._lowered, steps, compiler.threads(self.mesh)) as programs:
+            for action in self.schedule:
+                if isinstance(action, plan.Admit):
+                    self._admit(action)
+                    self.waiting -= len(action.edits)
+                elif isinstance(action, plan.Retire):
+                    self._retire(action)
+                else:
+                    programs.ready((action.length, action.rows))
+                    issued.append(self._step(action))
+                    if progress is not None or early:
+                        pending.append(issued[-1])
+                        if len(pending) > AHEAD:
+                            self._look(pending.popleft(), early, progress)
+            while pending:
+                self._look(pending.popleft(), False, progress)
         scale, held = np.zeros(self.shards * self.room, np.float32), np.zeros(self.shards * self.room, np.int32)
         scale[self.places], held[self.places] = self.hyper.scale, [job.held % self.of_shard for job in self.jobs]
         return Fitted(self.out, self.places, scale, held, self._losses(issued), self.waste)
@@ -370,6 +383,11 @@ class _Fit:
         places = np.full(len(local), NONE, np.int32)
         places[where] = self.places[list(action.edits)] % self.room
         self.out = _collect(self.mesh, self.out, self.state.lora, *mesh_lib.put((local, places), self.sharding))
+
+    def _lowered(self, step: tuple[int, int]) -> jax.stages.Lowered:
+        """The program of a step of (length, rows), as `_step` calls it."""
+        batch = self.engine.abstract_batch(*step, self.held is not None)
+        return _step.lower(self.engine.decoder, LOSS_POSITIONS, self.mesh, self.penalised, self.params, self.held, self.empty, batch)
 
     def _step(self, action: plan.Step) -> _Issued:
         batch, where, real = self._batch(action)

@@ -195,5 +195,5 @@ def empty_state(lora_shapes: Any, slots: int) -> FitState:
     moments = optax.ScaleByAdamState(jnp.zeros(slots, jnp.int32), zeros(), zeros())
     integers = ("schedule", "warmup_steps", "total_steps", "epoch_steps", "patience")
     hyper = Hyper(**{name: jnp.zeros(slots, jnp.int32 if name in integers else jnp.float32) for name in Hyper._fields})
-    progress = Progress(jnp.zeros(slots, bool), jnp.zeros(slots), jnp.full(slots, jnp.inf), jnp.zeros(slots, jnp.int32))
+    progress = Progress(jnp.zeros(slots, bool), jnp.zeros(slots), jnp.full(slots, jnp.inf, jnp.float32), jnp.zeros(slots, jnp.int32))
     return FitState(zeros(), moments, hyper, progress)

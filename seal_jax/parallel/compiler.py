@@ -1,6 +1,53 @@
-"""How XLA is asked to compile the programs that run a model."""
+"""How the programs that run a model are compiled: what XLA is asked for, and several at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 # A layer's kernels lie in a stack of all layers' [N, in, out]. cuBLAS takes its part of the stack where it lies (from JAX 0.11 on); for a
 # product by Triton, XLA for GPUs first copies it out, so that a decoded token moves all weights three times. Compilers for other devices
 # let the option be.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+THREADS = 8  # at most; a program of a 7B model takes its compiler a GiB or two
+
+
+def threads(mesh: Mesh) -> int:
+    """How many programs to compile at a time for the devices of `mesh`; 0: as they come. XLA's compiler for CPUs keeps all cores busy with
+    one; for GPUs one keeps a single core busy."""
+    return 0 if mesh.devices.flat[0].platform == "cpu" else min(THREADS, os.cpu_count() or 1)
+
+
+class Ahead:
+    """Compiles programs of one jitted function in threads, in the order in which they will be needed: `with Ahead(...) as programs:`.
+
+    `lower(key)` gives a program by what sets it apart. JAX keeps what was compiled so, and finds it when the function is called: call it
+    after `ready(key)`. A fault of the compiler is raised there. Leaving the block drops what has not been begun.
+    """
+
+    def __init__(self, lower: Callable[[Any], jax.stages.Lowered], keys: Iterable[Hashable], threads: int):
+        self._lower, self._keys, self._threads = lower, list(dict.fromkeys(keys)) if threads else [], threads
+        self._programs: dict[Hashable, Future[None]] = {}
+
+    def __enter__(self) -> Ahead:
+        if len(self._keys) > 1:  # one alone is compiled by its call
+            self._pool = ThreadPoolExecutor(min(self._threads, len(self._keys)), "compile")
+            self._programs = {key: self._pool.submit(self._compile, key) for key in self._keys}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._programs:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, key: Hashable) -> None:
+        self._lower(key).compile()
+
+    def ready(self, key: Hashable) -> None:
+        """Waits until the program is there, if it is one of those to compile."""
+        if key in self._programs:
+            self._programs[key].result()

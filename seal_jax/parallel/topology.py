@@ -110,6 +110,7 @@ class Programs:
             self.decoder, f.lora, slots=1, tokens_per_step=f.tokens_per_step, batch_size=f.batch_size, lengths=f.lengths, mesh=mesh
         )
         self.adapter = memory.adapter_bytes(self.fit_engine)
+        self.answering = self.adapter * self.decoder.dtype.itemsize / 4  # bytes of an adapter while it answers
         r = config.rest_em
         self.edits = -(-min(r.group, r.contexts) * r.edits * r.seeds // self.shards)  # that a shard fits in one go
         self.fit_length = plan.padded_length(math.ceil(workload.tokens / workload.sequences), f.lengths)
@@ -141,7 +142,8 @@ class Programs:
         length = plan.padded_length(self.workload.question)
         room = -(-(self.workload.question + a.max_tokens) // ROOM) * ROOM
         out = 1 << (a.max_tokens - 1).bit_length()
-        lora = self.fit_engine.abstract_state(adapters).lora
+        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, self.decoder.dtype, sharding=x.sharding)  # noqa: E731
+        lora = jax.tree.map(abstract, self.fit_engine.abstract_state(adapters).lora)
         return adapters, each, prompts, length, lora, self._rows(adapters, each, max(room, length), out)
 
     def _rows(self, adapters: int, each: int, positions: int, out: int) -> decode.Rows:
@@ -165,13 +167,13 @@ class Programs:
             "prefill",
             f"{adapters} x {prompts} questions of {length} tokens",
             lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
-            {"weights": self.weights, "adapters": (2 * self.edits + adapters) * self.adapter, "caches": caches + made},
-            self.weights + adapters * self.adapter,
+            {"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + made},
+            self.weights + adapters * self.answering,
             made,
-            self.weights + adapters * self.adapter + made,
+            self.weights + adapters * self.answering + made,
             1 / (adapters * self.shards),
             adapters,
-            self.adapter + made / adapters,
+            self.answering + made / adapters,
         )
 
     def decode(self) -> Case:
@@ -185,13 +187,13 @@ class Programs:
             f"a token of {adapters} x {each} answers, {positions} positions",
             lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, lora, rows, steps),
             # What was fitted, and the same with its scale folded in, of which a few answer at a time.
-            {"weights": self.weights, "adapters": (2 * self.edits + adapters) * self.adapter, "caches": caches + prefix},
-            self.weights + adapters * self.adapter + caches,
+            {"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + prefix},
+            self.weights + adapters * self.answering + caches,
             0,
-            self._read() + adapters * self.adapter + caches / 2,
+            self._read() + adapters * self.answering + caches / 2,
             (self.config.answer.max_tokens - 1) / (adapters * self.shards),
             adapters,
-            self.adapter + caches / 2 / adapters,
+            self.answering + caches / 2 / adapters,
         )
 
     def _read(self) -> float:

@@ -15,6 +15,7 @@ import pathlib
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -107,18 +108,21 @@ class _Compiles:
         import jax.monitoring
 
         self.counts = (0, 0, 0.0)  # programs, those of them from the cache on the disk, seconds
+        self._lock = threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._duration)
         jax.monitoring.register_event_listener(self._event)
 
     def _duration(self, name: str, seconds: float, **_: Any) -> None:
         if name == "/jax/core/compile/backend_compile_duration":  # asking the cache included
-            programs, cached, spent = self.counts
-            self.counts = (programs + 1, cached, spent + seconds)
+            with self._lock:
+                programs, cached, spent = self.counts
+                self.counts = (programs + 1, cached, spent + seconds)
 
     def _event(self, name: str, **_: Any) -> None:
         if name == "/jax/compilation_cache/cache_hits":
-            programs, cached, spent = self.counts
-            self.counts = (programs, cached + 1, spent)
+            with self._lock:
+                programs, cached, spent = self.counts
+                self.counts = (programs, cached + 1, spent)
 
 
 _compiles = functools.cache(_Compiles)  # once: JAX has no way to take a listener back

@@ -117,10 +117,12 @@ def only(mesh: Mesh, prefix: Prefix, index: jax.Array) -> Prefix:
     return _placed(mesh_lib.over_edits(jax.vmap(one), mesh, (True, True))(prefix, index), mesh)
 
 
-@functools.partial(jax.jit, static_argnums=(0,))
-def take(mesh: Mesh, lora: Any, index: jax.Array) -> Any:
-    """The adapters at `index` [E] int32 of the stacked `lora`, counted within their shard."""
-    return mesh_lib.over_edits(lambda lora, index: jax.tree.map(lambda x: x[index], lora), mesh, (True, True))(lora, index)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def take(mesh: Mesh, dtype: jnp.dtype, lora: Any, index: jax.Array) -> Any:
+    """The adapters at `index` [E] int32 of the stacked `lora`, counted within their shard, in the `dtype` of the activations: what each
+    product would round them to, but once instead of at every token."""
+    one = lambda lora, index: jax.tree.map(lambda x: x[index].astype(dtype), lora)  # noqa: E731
+    return mesh_lib.over_edits(one, mesh, (True, True))(lora, index)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))

@@ -93,7 +93,7 @@ def generate(
         own = None
         if lora is not None:
             local = np.asarray([(a or 0) % (count // len(shards)) for a in group], np.int32)
-            own = device.take(mesh, lora, mesh_lib.put(local, mesh_lib.edit_sharding(mesh)))
+            own = device.take(mesh, decoder.dtype, lora, mesh_lib.put(local, mesh_lib.edit_sharding(mesh)))
         waiting = [[] if a is None else shards[i // at_once][a] for i, a in enumerate(group)]
         pool = _Pool(model, own, requests, waiting, each)
         for ended in pool.run():

@@ -12,6 +12,7 @@ from seal_jax.fit import plan
 from seal_jax.fit.engine import FitEngine, FitJob, Tokens, total_steps
 from seal_jax.models import lora
 from seal_jax.models.decoder import Decoder
+from seal_jax.parallel import compiler
 
 torch = pytest.importorskip("torch", reason="torch computes the reference; pip install seal_jax[test]")
 
@@ -265,6 +266,29 @@ def test_new_values_do_not_compile_again(world):
     params = jax.tree.map(lambda x: x * 1.01, model.params)
     make_engine(model.spec).fit(params, changed, seed=5)
     assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
+
+
+def test_programs_compiled_ahead_are_those_that_run(world, monkeypatch):
+    """As on accelerators: several at a time, and none of them again when its step comes."""
+    model, jobs, alone = world
+    monkeypatch.setattr(compiler, "threads", lambda mesh: 2)
+    compiled, steps = [], set()
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **more: compiled.append((name, more.get("fun_name"))))
+    engine = make_engine(model.spec, 3, 2, lengths=(LENGTH // 2, LENGTH))
+    lowered = engine_lib._Fit._lowered
+    monkeypatch.setattr(engine_lib._Fit, "_lowered", lambda fit, step: steps.add(step) or lowered(fit, step))
+    fitted = engine.fit(model.params, jobs)
+    assert compiled.count(("/jax/core/compile/backend_compile_duration", "jit(_step)")) == len(steps) > 2
+    for i in range(len(jobs)):
+        assert_same(alone[i], (fitted.losses[i], adapter(fitted, i)))
+
+
+def test_a_fault_of_the_compiler_is_told(world, monkeypatch):
+    model, jobs, _ = world
+    monkeypatch.setattr(compiler, "threads", lambda mesh: 2)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_engine(model.spec, 2, 4).fit(model.params, jobs)
 
 
 def test_nothing_is_moved_between_host_and_device_unasked(world):
