@@ -24,7 +24,7 @@ COMPILER = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-PREALLOCATED = 0.75  # of a GPU's memory: what JAX takes unless told otherwise (docs.jax.dev, "GPU memory allocation")
+PREALLOCATED = 0.75  # of a GPU's memory: what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,8 @@ def _gpus(name: str, which: str, count: int) -> Target:
         raise SealError('compiling for GPUs needs JAX\'s plugin for CUDA: pip install "seal_jax[plan-gpu]"')
     chip = chips.GPUS[GPUS[which].kind]
     devices = _described(name, platform="cuda", topology=f"1x1x{count}", target_config=description(which))
-    limit = memory.SHARE * chip.memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", PREALLOCATED))
+    share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or PREALLOCATED
+    limit = memory.SHARE * float(share) * chip.memory
     return Target(name, devices, 1, chip.memory, limit, chip.flops, chip.bandwidth, chip.links)
 
 

@@ -47,7 +47,7 @@ def test_decode_bytes_by_hand():
     cache = 2 * 2 * 1 * 16 * 2  # keys and values, layers, heads, width, bytes: of one position
     plain = shapes.decode_bytes(spec, 2, [10.0, 20.0])
     assert plain == 2 * shapes.matrix_parameters(spec) + 30 * cache
-    assert shapes.decode_bytes(spec, 2, [10.0, 20.0], 3, config) == plain + 3 * 4 * lora.count(spec, 4, config.targets)
+    assert shapes.decode_bytes(spec, 2, [10.0, 20.0], 3, config) == plain + 3 * 2 * lora.count(spec, 4, config.targets)
 
 
 def test_interleave_warms_up_and_takes_turns():
