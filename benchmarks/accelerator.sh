@@ -15,8 +15,6 @@ log=${out:-$(mktemp -d)}
 cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
-# JAX takes its share of the memory at the start; the rest is for the other side, whose padded steps take as much again as the weights.
-export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.6}
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 echo "# $(date -u +%FT%TZ) $(uname -srm), $(nproc) processors"

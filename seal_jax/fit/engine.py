@@ -218,6 +218,7 @@ class FitEngine:
         self.rank, self.targets = lora.rank, tuple(lora.targets)
         self.slots, self.tokens_per_step, self.lengths = slots, tokens_per_step, tuple(lengths)
         self.batch_size = batch_size
+        self.shared = self.mesh.shape["fsdp"]  # devices that the rows of a step are dealt out over, within a shard
 
     def fit(
         self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[..., None] | None = None
@@ -241,6 +242,10 @@ class FitEngine:
         shapes = adapter_shapes(self.decoder.spec, self.rank, self.targets)
         state = jax.eval_shape(lambda: step_lib.empty_state(shapes, mesh_lib.shards(self.mesh) * slots))
         return jax.tree.map(_abstract, state, state_shardings(self.mesh, shapes, state))
+
+    def most_rows(self, length: int, slots: int) -> int:
+        """The rows, a shard, of the largest step of `length` tokens with `slots` slots a shard."""
+        return plan.row_choices(length, self.batch_size, self.tokens_per_step, slots, self.shared)[-1]
 
     def abstract_batch(self, length: int, rows: int, held: bool = False) -> step_lib.Batch:
         """The batch of a step of `rows` rows of `length` tokens a shard, for edits that stand on held adapters or on none."""
@@ -308,7 +313,7 @@ class _Fit:
         self.places += np.asarray(shard_of, int) * self.room
         self.slots = min(engine.slots, self.room)
         self._schedule = functools.partial(
-            plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards
+            plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards, engine.shared
         )
         self.schedule = self._schedule()
         self.hyper = hyper(jobs)

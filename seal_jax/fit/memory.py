@@ -16,7 +16,6 @@ import jax
 from jax.sharding import Mesh
 
 from seal_jax.errors import SealError
-from seal_jax.fit import plan
 from seal_jax.fit.engine import FitEngine
 from seal_jax.parallel.cost import shard_bytes
 
@@ -119,9 +118,8 @@ def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float
 
     `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings. Raises `SealError` where the backend does not tell.
     """
-    rows = plan.row_choices(length, engine.batch_size, engine.tokens_per_step, slots)[-1]
     try:
-        found = of_program(engine.lower(params, length, rows, slots).compile())
+        found = of_program(engine.lower(params, length, engine.most_rows(length, slots), slots).compile())
     except jax.errors.JaxRuntimeError as error:
         if (used := refused_bytes(error)) is None:
             raise
@@ -162,8 +160,7 @@ def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, h
     """
     limit = device_limit(engine.mesh) if limit is None else limit
     held += edits * adapter_bytes(engine)
-    first = plan.row_choices(length, engine.batch_size, engine.tokens_per_step, edits)[-1]
-    found = most_within(lambda k: held + step_bytes(engine, params, length, k), limit, first, edits)
+    found = most_within(lambda k: held + step_bytes(engine, params, length, k), limit, engine.most_rows(length, edits), edits)
     if found is None:
         least = held + step_bytes(engine, params, length, 1)
         raise SealError(

@@ -67,13 +67,14 @@ class Retire:
     slots: tuple[int, ...]
 
 
-def row_choices(length: int, batch_size: int, tokens_per_step: int, slots: int) -> tuple[int, ...]:
+def row_choices(length: int, batch_size: int, tokens_per_step: int, slots: int, shared: int = 1) -> tuple[int, ...]:
     """The numbers of rows that a step of `length` may have: as many as fill `tokens_per_step`, and a quarter and a sixteenth of it.
 
-    Few, because each is a compilation; more than one, because a step whose rows are mostly idle is waste.
+    Few, because each is a compilation; more than one, because a step whose rows are mostly idle is waste. `shared`: devices that a shard's
+    rows are dealt out over, so that each gets as many as the others.
     """
     full = max(1, min(slots, tokens_per_step // (length * batch_size)))
-    return tuple(sorted({full, max(1, full // 4), max(1, full // 16)}))
+    return tuple(sorted({-(-rows // shared) * shared for rows in (full, max(1, full // 4), max(1, full // 16))}))
 
 
 def deal(costs: Sequence[float], shards: int) -> list[int]:
@@ -90,7 +91,7 @@ class Schedule:
 
     `lengths[e][s]` is the padded length of edit e's optimiser step s. Each of `shards` devices (or groups of devices) holds `slots` edits
     at once, those that `shard_of` deals to it; slot numbers count on from shard to shard. A step has one length and one number of rows on
-    all shards, and each fills its rows with edits of its own.
+    all shards (a multiple of `shared`), and each fills its rows with edits of its own.
 
     Deterministic. Each edit's steps come once and in order; a slot holds one edit at a time. An edit without steps is admitted and
     retired. Chosen greedily: the step that trains the most tokens for its cost, where the cost of a step is its token slots and a
@@ -105,8 +106,10 @@ class Schedule:
         tokens_per_step: int,
         shard_of: Sequence[int] | None = None,
         shards: int = 1,
+        shared: int = 1,
     ):
         self._lengths, self._slots, self._batch_size, self._tokens_per_step = lengths, slots, batch_size, tokens_per_step
+        self._shared = shared
         self._shards, self._shard_of = shards, [0] * len(lengths) if shard_of is None else shard_of
         self._count = [len(steps) for steps in lengths]
         self._done = [0] * len(lengths)
@@ -152,7 +155,7 @@ class Schedule:
         descending = sorted(ready, reverse=True)
         for i, length in enumerate(descending):
             candidates = [[e for other in descending[i:] for e in ready[other][shard]] for shard in range(self._shards)]
-            for rows in row_choices(length, self._batch_size, self._tokens_per_step, self._slots):
+            for rows in row_choices(length, self._batch_size, self._tokens_per_step, self._slots, self._shared):
                 chosen = [e for of_shard in candidates for e in of_shard[:rows]]
                 useful = self._batch_size * sum(following[e] for e in chosen)
                 cost = self._shards * (rows * length * self._batch_size + self._tokens_per_step // 32)

@@ -1,8 +1,8 @@
 """The device mesh, and which array lies where on it: all rules in one place.
 
 Three axes. `edit`: edits (slots, adapters, rows of answers) are dealt out over it, so that K grows with the devices; nothing crosses it
-while an edit is fitted. `fsdp` and `tensor` share what is too large for one device: every kernel is cut along both (the embeddings along
-one, over the vocabulary), and the compiler puts in the communication. Rows of a step are dealt out over `fsdp` as well.
+while an edit is fitted. `fsdp` and `tensor` share what is too large for one device: every kernel is cut along both (the embeddings over
+the vocabulary alone), and the compiler puts in the communication. Rows of a step are dealt out over `fsdp` as well.
 
 The engines of many edits run their programs under `jax.shard_map` over `edit` alone: inside, a device sees the edits of its own shard, and
 indices count within it. The other two axes stay the compiler's. Where one model is trained (`seal_jax.sft`) there are no edits: its rows
@@ -12,6 +12,7 @@ are dealt out over `edit` and `fsdp` together, and all axes are the compiler's.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from seal_jax.config import MeshConfig
 from seal_jax.errors import SealError
 
 AXES = ("edit", "fsdp", "tensor")
+SHARED = ("tensor", "fsdp")  # what shares a model too large for one device
 EDITS = P("edit")  # a leading axis dealt out over the shards
 
 # A kernel [N, in, out] by what its projection reads and writes; biases [N, out] follow the last axis.
@@ -67,16 +69,20 @@ def parameter_spec(path: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
     """How the parameter (or adapter leaf without its axis of edits) at `path` is cut. An axis that does not divide is not cut."""
     name, owner = path[-1], path[-2] if len(path) > 1 else ""
     if name == "embedding" or owner == "lm_head":
-        # Along one axis only: with both, XLA's partitioner aborts on the gather of an embedding (seen with jaxlib 0.10.2).
-        vocabulary = "tensor" if mesh.shape["tensor"] > 1 else "fsdp"
-        wanted = (vocabulary,) if name == "embedding" else (None, vocabulary)
+        # Both axes along the vocabulary: with one axis each way, or one alone, XLA's partitioner aborts on the gather of an embedding (seen
+        # with jaxlib 0.10.2 and 0.11.2).
+        wanted = (SHARED,) if name == "embedding" else (None, SHARED)
     elif owner in COLUMN:
         wanted = {"kernel": (None, "fsdp", "tensor"), "bias": (None, "tensor"), "a": (), "b": (None, None, "tensor")}[name]
     elif owner in ROW:
         wanted = {"kernel": (None, "tensor", "fsdp"), "bias": (), "a": (None, "tensor"), "b": ()}[name]
     else:
         wanted = ()
-    return P(*(axis if axis and not size % mesh.shape[axis] else None for axis, size in zip(wanted, shape, strict=False)))
+
+    def parts(axes: str | tuple[str, ...]) -> int:
+        return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+    return P(*(axes if axes and not size % parts(axes) else None for axes, size in zip(wanted, shape, strict=False)))
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]], NamedSharding]:

@@ -24,9 +24,8 @@ COMPILER = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-PREALLOCATED = (
-    0.75  # of a GPU's memory: what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation")
-)
+# Of a GPU's memory: what JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation").
+PREALLOCATED = 0.75
 
 
 @dataclasses.dataclass(frozen=True)

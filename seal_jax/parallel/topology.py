@@ -118,7 +118,7 @@ class Programs:
 
     def fit(self, slots: int) -> Case:
         f, w = self.config.fit, self.workload
-        rows = plan.row_choices(self.fit_length, f.batch_size, f.tokens_per_step, slots)[-1]
+        rows = self.fit_engine.most_rows(self.fit_length, slots)
         kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
         return Case(
             "fit",

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -125,3 +127,14 @@ def test_little_padding_on_a_workload_like_the_originals(tokens):
 def test_the_share_of_padding():
     assert plan.Waste().share == 0.0
     assert plan.Waste(slots=200, tokens=150).share == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("shared", [2, 4])
+def test_rows_that_several_devices_share_are_as_many_for_each(shared):
+    for length, slots in itertools.product((16, 48, 512), (1, 3, 7, 64)):
+        alone = plan.row_choices(length, 1, 512, slots)
+        found = plan.row_choices(length, 1, 512, slots, shared)
+        assert all(rows % shared == 0 for rows in found) and 0 <= found[-1] - alone[-1] < shared
+    actions = list(plan.Schedule([[16] * 3, [32] * 2, [16]], 2, 1, 64, shared=shared))
+    steps = [a for a in actions if isinstance(a, plan.Step)]
+    assert sorted(e for s in steps for e in s.edits) == [0, 0, 0, 1, 1, 2] and all(s.rows % shared == 0 for s in steps)

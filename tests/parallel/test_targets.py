@@ -84,11 +84,14 @@ def test_a_fit_on_gpus_computes_each_product_once(remat):
 
 
 @needs_cuda
-def test_gpus_by_name():
+def test_gpus_by_name(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     one, eight = targets.named("h200"), targets.named("h100:8")
     assert (len(one.devices), len(eight.devices)) == (1, 8)
     assert one.devices[0].device_kind == targets.GPUS["h200"].kind and one.flops == chips.GPUS["NVIDIA H200"].flops
     assert one.limit == pytest.approx(0.9 * 0.75 * 141e9)
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
+    assert targets.named("h200").limit == pytest.approx(0.9 * 0.95 * 141e9)
 
 
 @needs_cuda
