@@ -37,8 +37,9 @@ from seal_jax.rest_em.policy import Policy
 preemption.LIMIT = {limit}
 def write(*_, **__):
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # other threads get it: the sleep is not cut short
+    sleep = ctypes.CDLL(None).sleep
     open({mark!r}, "x").close()
-    ctypes.CDLL(None).sleep(100)
+    sleep(100)
 Policy.write = write
 """
 
@@ -62,6 +63,7 @@ def test_a_main_thread_that_does_not_answer_is_ended(start, wait_for, ended, tin
     said, mark = tmp_path / "said", tmp_path / "mark"
     process = start("train", tiny_config, said=said, before=STUCK.format(limit=1.0, mark=str(mark)))
     wait_for(mark, process)
+    time.sleep(0.3)  # until it sleeps: before, the handler would still run
     os.kill(process.pid, signal.SIGTERM)
     assert ended(process, 10.0) == 143
     told = "told to end (SIGTERM); the main thread did not answer within 1 s"
@@ -74,6 +76,7 @@ def test_told_twice_a_process_ends_at_once(start, wait_for, ended, tiny_config, 
         said, mark = tmp_path / "said", tmp_path / f"mark{second}"
         process = start("train", tiny_config, said=said, before=STUCK.format(limit=60.0, mark=str(mark)))
         wait_for(mark, process)
+        time.sleep(0.3)
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.3)
         os.kill(process.pid, second)
