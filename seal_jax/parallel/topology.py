@@ -119,6 +119,7 @@ class Programs:
     def fit(self, slots: int) -> Case:
         f, w = self.config.fit, self.workload
         rows = self.fit_engine.most_rows(self.fit_length, slots)
+        filled = min(rows, slots)
         kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
         return Case(
             "fit",
@@ -128,8 +129,8 @@ class Programs:
             self.weights + 3 * slots * self.adapter,
             0,
             self.passes * self.weights + 6 * rows * self.adapter,
-            w.sequences * f.epochs / (rows * f.batch_size * self.shards),
-            rows,
+            w.sequences * f.epochs / (filled * f.batch_size * self.shards),
+            filled,
             6 * self.adapter,
             -(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
         )

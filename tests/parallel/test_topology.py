@@ -181,7 +181,7 @@ def test_a_plan_for_a_tpu(planned):
     assert found["edit"]["per_hour"] == pytest.approx(3600 / found["edit"]["seconds"])
     spec, lora = from_hf(SPEC), config_lib.LoraConfig(8, 64.0, ["q_proj", "v_proj"])
     fit = found["programs"][0]
-    assert fit["shape"] == "3 slots, steps of 3 x 1 x 48 tokens"
+    assert fit["shape"] == "3 slots, steps of 4 x 1 x 48 tokens"
     assert all(p["sent_bytes"]["fsdp"] > 1e5 for p in found["programs"]), "what the replica's two devices tell each other"
     crossing = {p["name"]: sum(size for axes, size in p["sent_bytes"].items() if "edit" in axes) for p in found["programs"]}
     gradients = found["programs"][3]["bytes"]["adapters"] / 3
