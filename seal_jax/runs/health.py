@@ -3,8 +3,9 @@
 A step is told as an event "step": at its end, and about twice a minute within. Fields: `kind` ("sample", "answer", "fit", "sft"), `what`;
 `ended`; `done` of `total` in `unit`; `seconds` so far; `tokens` trained or written, and `tokens_per_s`; `utilisation`, model FLOP a second
 as a share of the devices' published bf16 peak, null where that or the FLOP are not known; `compiled`, programs that JAX asked its compiler
-for, those of them that came from its `cache`, and `compile_seconds`; `memory` and `memory_peak` in bytes, of the fullest device, or, where
-the backend does not tell, of the process (`memory_of`); `waiting`, edits or requests without a slot.
+for, those of them that came from its `cache`, and `compile_seconds`, of each though several be compiled at once; `memory` and
+`memory_peak` in bytes, of the fullest device, or, where the backend does not tell, of the process (`memory_of`); `waiting`, edits or
+requests without a slot.
 """
 
 from __future__ import annotations
