@@ -188,6 +188,6 @@ def test_adapted_decoding_of_the_7b_lowers(qwen):
     prefix = decode.prefill.lower(decoder, one, params, lora, prompts, jax.ShapeDtypeStruct((adapters, each), jnp.int32)).out_info
     assert prefix.logits.shape == (adapters, each, 152064) and prefix.logits.dtype == jnp.float32
     rows = jax.eval_shape(lambda: decode.empty(decoder, one, adapters, each, length, config.answer.max_tokens))
-    assert rows.cache.v.shape == (adapters, 28, each, 4, length, 128) and rows.cache.v.dtype == jnp.bfloat16
+    assert rows.cache.v.shape == (28, adapters, each, 4, length, 128) and rows.cache.v.dtype == jnp.bfloat16
     after = decode.decode.lower(decoder, decoder.spec.eos_ids, one, params, lora, rows, jax.ShapeDtypeStruct((), jnp.int32)).out_info
     assert shapes(after) == shapes(rows)

@@ -25,6 +25,7 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder, packed
 from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel.mesh import EDITS, EVERYWHERE
 
 ADMIT = 8  # edits a shard whose initial adapters are made at once
 AHEAD = 8  # steps issued beyond the one whose end the host waits for, so that the device never waits for the host
@@ -77,7 +78,7 @@ def _step(
     def one(params: Any, held: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
         return step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh), held, penalised)
 
-    state, report = mesh_lib.over_edits(one, mesh, (False, True, True, True))(params, held, state, batch)
+    state, report = mesh_lib.over_edits(one, mesh, (EVERYWHERE, EDITS, EDITS, EDITS))(params, held, state, batch)
     return _placed(state, mesh), jax.lax.with_sharding_constraint(report, mesh_lib.everywhere(mesh))
 
 
@@ -89,7 +90,7 @@ def _admit(
         lora = jax.vmap(lambda key, used: lora_lib.init(jax.random.wrap_key_data(key), spec, rank, targets, used))(keys, active)
         return step_lib.admit(state, slots, lora, hyper)
 
-    return _placed(mesh_lib.over_edits(one, mesh, (True,) * 5)(state, slots, keys, active, hyper), mesh)
+    return _placed(mesh_lib.over_edits(one, mesh, (EDITS,) * 5)(state, slots, keys, active, hyper), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
@@ -98,7 +99,7 @@ def _collect(mesh: Mesh, out: Any, lora: Any, slots: jax.Array, places: jax.Arra
         return jax.tree.map(lambda o, x: o.at[places].set(jnp.take(x, slots, axis=0, mode="clip"), mode="drop"), out, lora)
 
     where = mesh_lib.adapter_shardings(mesh, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), out))
-    return jax.lax.with_sharding_constraint(mesh_lib.over_edits(one, mesh, (True,) * 4)(out, lora, slots, places), where)
+    return jax.lax.with_sharding_constraint(mesh_lib.over_edits(one, mesh, (EDITS,) * 4)(out, lora, slots, places), where)
 
 
 _scaled = jax.jit(jax.vmap(lora_lib.scaled), donate_argnums=(0,))
@@ -109,7 +110,7 @@ def _joined(mesh: Mesh, held: Any, lora: Any, index: jax.Array) -> Any:
     def one(held: Any, lora: Any, index: jax.Array) -> Any:
         return lora_lib.concatenate([jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), held), lora])
 
-    return mesh_lib.over_edits(one, mesh, (True, True, True))(held, lora, index)
+    return mesh_lib.over_edits(one, mesh, (EDITS,) * 3)(held, lora, index)
 
 
 @functools.cache

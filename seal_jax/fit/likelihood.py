@@ -114,7 +114,7 @@ def _each(one: Any, mesh: Mesh) -> Any:
     def all_here(params: Any, texts: Texts, lora: Any) -> jax.Array:
         return jax.lax.map(lambda adapter: one(params, texts, adapter), lora, batch_size=ADAPTERS)
 
-    return mesh_lib.over_edits(all_here, mesh, (False, False, True))
+    return mesh_lib.over_edits(all_here, mesh, (mesh_lib.EVERYWHERE, mesh_lib.EVERYWHERE, mesh_lib.EDITS))
 
 
 def _flat(hidden: jax.Array) -> jax.Array:

@@ -31,19 +31,43 @@ REMAT = {
 
 QUERIES = 512  # tokens of a long row that attend at once: the square of all with all is never in memory, forward or backward
 PACKED = jnp.uint16  # see `packed`
+HIDDEN = float(np.finfo(np.float32).min)  # the logit of a key that is not seen
 
 
 class Cache(NamedTuple):
-    """Keys and values of every layer. A row's entry at position p is valid once p has been written."""
+    """Keys and values of every layer, the layers first: a loop over layers reads each where it lies. Those of several adapters have the
+    adapters as a second axis. A row's entry at position p is valid once p has been written."""
 
-    k: jax.Array  # [N, B, G, h, S]; positions last: a query's products with all keys then run along memory
-    v: jax.Array  # [N, B, G, S, h]
+    k: jax.Array  # [N, (E,) B, G, h, S]; positions last: a query's products with all keys then run along memory
+    v: jax.Array  # [N, (E,) B, G, S, h]
+
+
+class Entries(NamedTuple):
+    """What a call of the decoder adds to a cache: keys and values of its tokens."""
+
+    k: jax.Array  # [N, B, T, G, h]
+    v: jax.Array  # [N, B, T, G, h]
 
 
 def empty_cache(spec: DecoderSpec, rows: int, length: int, dtype: jnp.dtype) -> Cache:
     """A cache of zeros for `rows` rows of at most `length` positions."""
     shape, h = (spec.num_layers, rows, spec.num_kv_heads), spec.head_dim
     return Cache(jnp.zeros((*shape, h, length), dtype), jnp.zeros((*shape, length, h), dtype))
+
+
+def filled(entries: Entries) -> Cache:
+    """The cache that holds just `entries`, those of tokens at positions 0 .. T-1."""
+    return Cache(entries.k.transpose(0, 1, 3, 4, 2), entries.v.swapaxes(2, 3))
+
+
+def written(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
+    """`cache` [N, E, B, ...] with the `entries` [N, E, B, 1, G, h] of one token a row, at `positions` [E, B]; past its end, none."""
+    e, b = jnp.indices(positions.shape)
+    last = lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2)  # noqa: E731, [E, B, N, G, h]: what is indexed comes first
+    return Cache(
+        cache.k.at[:, e, b, :, :, positions].set(last(entries.k).astype(cache.k.dtype), mode="drop"),
+        cache.v.at[:, e, b, :, positions].set(last(entries.v).astype(cache.v.dtype), mode="drop"),
+    )
 
 
 def rope_frequencies(spec: DecoderSpec) -> np.ndarray:
@@ -75,8 +99,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first: jax.Array | None = None) -> jax.Array:
     """Causal attention of `q` [B, T, H, h] at `positions` [B, T] over keys [B, G, h, S] and values [B, G, S, h] at positions 0 .. S-1.
 
-    A key is seen by the queries at its own and later positions, so that what lies beyond a row's last written position is never
-    read. With `first` [B, T], a query sees no key before that position. Softmax in float32. Returns [B, T, H, h].
+    A key is seen by the queries at its own and later positions. With `first` [B, T], a query sees no key before that position. Softmax in
+    float32. Returns [B, T, H, h].
     """
     rows, count, heads, width = q.shape
     if count > 2 * QUERIES and count % QUERIES == 0:
@@ -84,30 +108,55 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first
         one = jax.checkpoint(lambda part: attend(part[0], k, v, *part[1:]), prevent_cse=False)
         return jax.lax.map(one, jax.tree.map(parts, (q, positions, first))).swapaxes(0, 1).reshape(q.shape)
     groups, length = k.shape[1], k.shape[3]
-    q = q.reshape(rows, count, groups, heads // groups, width)
     visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
     if first is not None:
         visible &= jnp.arange(length)[None, None, :] >= first[:, :, None]
-    hidden = jnp.finfo(jnp.float32).min
+    # One axis for all queries of a group: products of bfloat16 into float32 exist on every backend in this plain form alone.
+    q = q.reshape(rows, count, groups, heads // groups, width).transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
+    logits = jnp.einsum("bgqh,bghs->bgqs", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
+    logits = jnp.where(visible[:, None, None], logits.reshape(rows, groups, heads // groups, count, length), HIDDEN)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrts,bgsh->btgrh", weights, v).reshape(rows, count, heads, width)
 
-    def products(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        # One axis for all queries of a group: products of bfloat16 into float32 exist on every backend in this plain form alone.
-        q = q.transpose(0, 2, 3, 1, 4).reshape(rows, groups, -1, width)
-        logits = jnp.einsum("bgqh,bghs->bgqs", q, k, preferred_element_type=jnp.float32) * (1.0 / math.sqrt(width))
-        logits = jnp.where(visible[:, None, None], logits.reshape(rows, groups, heads // groups, count, length), hidden)
-        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-        return jnp.einsum("bgrts,bgsh->btgrh", weights, v)
 
-    def sums(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        each = q[:, 0, ..., None].astype(jnp.float32)  # [B, G, H/G, h, 1]
-        logits = jnp.sum(each * k[:, :, None].astype(jnp.float32), axis=-2) * (1.0 / math.sqrt(width))
-        weights = jax.nn.softmax(jnp.where(visible[:, None], logits, hidden), axis=-1)
-        return jnp.sum(weights[..., None] * v[:, :, None].astype(jnp.float32), axis=-2).astype(v.dtype)[:, None]
+def attend_one(q: jax.Array, k: jax.Array, v: jax.Array, cached: Cache, positions: jax.Array) -> jax.Array:
+    """Attention of one token a row, `q` [B, H, h] at `positions` [B], to what its row has `cached` (k [B, G, h, S], v [B, G, S, h]) before
+    that position, and to itself, `k` and `v` [B, G, h]. Softmax in float32. Returns [B, H, h].
 
-    # Decoding on a CPU: sums that fuse into one pass over the cache; as many tiny matrix products it is several times slower. An
-    # accelerator would read the cache once for each query of a group.
-    out = jax.lax.platform_dependent(q, k, v, cpu=sums, default=products) if count == 1 else products(q, k, v)
-    return out.reshape(rows, count, heads, width)
+    The token's own entry comes apart, so that the cache is only read here: written first, XLA for GPUs would copy each layer's out of it.
+    """
+    rows, heads, width = q.shape
+    groups = k.shape[1]
+    q = q.reshape(rows, groups, heads // groups, width)
+    scale = 1.0 / math.sqrt(width)
+    before = (jnp.arange(cached.k.shape[3])[None, :] < positions[:, None])[:, None, None]
+
+    def products(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        logits = jnp.einsum("bgrh,bghs->bgrs", q, keys, preferred_element_type=jnp.float32) * scale
+        top, weights = shares(logits)
+        seen = jnp.einsum("bgrs,bgsh->bgrh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return together(top, weights, seen)
+
+    def sums(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        logits = jnp.sum(q.astype(jnp.float32)[..., None] * keys[:, :, None].astype(jnp.float32), axis=-2) * scale
+        top, weights = shares(logits)
+        return together(top, weights, jnp.sum(weights[..., None] * values[:, :, None].astype(jnp.float32), axis=-2))
+
+    own = jnp.sum(q.astype(jnp.float32) * k[:, :, None].astype(jnp.float32), axis=-1, keepdims=True) * scale  # [B, G, H/G, 1]
+
+    def shares(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = jnp.where(before, logits, HIDDEN)
+        top = jnp.maximum(jnp.max(logits, axis=-1, keepdims=True), own)
+        return top, jnp.where(before, jnp.exp(logits - top), 0.0)
+
+    def together(top: jax.Array, weights: jax.Array, seen: jax.Array) -> jax.Array:
+        mine = jnp.exp(own - top)
+        return (seen + mine * v[:, :, None].astype(jnp.float32)) / (jnp.sum(weights, axis=-1, keepdims=True) + mine)
+
+    # On a CPU sums, which fuse into one pass over the cache; as many tiny matrix products it is several times slower. An accelerator
+    # would read the cache once for each query of a group.
+    out = jax.lax.platform_dependent(q, *cached, cpu=sums, default=products)
+    return out.astype(v.dtype).reshape(rows, heads, width)
 
 
 class RMSNorm(nn.Module):
@@ -201,7 +250,7 @@ class Linear(nn.Module):
         if self.has_variable("held", "a"):
             y = y + (x @ self.get_variable("held", "a").astype(x.dtype)) @ self.get_variable("held", "b").astype(x.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+            y = jax.lax.optimization_barrier(y) + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
 
 
@@ -210,38 +259,29 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, first: jax.Array | None, cache: Cache | None, layer: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x: jax.Array, positions: jax.Array, first: jax.Array | None, cached: Cache | None, entries: bool
+    ) -> tuple[jax.Array, Entries | None]:
         s = self.spec
         rows, count, _ = x.shape
 
         def heads(name: str, number: int) -> jax.Array:
             y = Linear(number * s.head_dim, s.qkv_bias, name=name)(x)
-            return (kept(y) if cache is None else y).reshape(rows, count, number, s.head_dim)
+            return (y if entries else kept(y)).reshape(rows, count, number, s.head_dim)
 
         q, k, v = heads("q_proj", s.num_heads), heads("k_proj", s.num_kv_heads), heads("v_proj", s.num_kv_heads)
         if s.qk_norm:
             q, k = RMSNorm(s.norm_eps, name="q_norm")(q), RMSNorm(s.norm_eps, name="k_norm")(k)
         cos, sin = rope_tables(s, positions)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is None:
-            keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
-        else:
-            row = jnp.arange(rows)[:, None]
-            # The whole cache is carried through the layers and written in place; as a scanned input and output it would be copied.
-            cache = Cache(
-                cache.k.at[layer, row, :, :, positions].set(k.astype(cache.k.dtype), mode="drop"),
-                cache.v.at[layer, row, :, positions].set(v.astype(cache.v.dtype), mode="drop"),
-            )
-            keys, values = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(x.dtype) for c in cache)
         with jax.named_scope("attend"):
-            if cache is not None:
-                out = attend(q, keys, values, positions)
+            if cached is not None:
+                cached = jax.tree.map(lambda c: c.astype(x.dtype), cached)
+                out = attend_one(q[:, 0], k[:, 0], v[:, 0], cached, positions[:, 0])
             else:
                 places = positions if first is None else jnp.broadcast_to(jnp.arange(count), (rows, count))
-                out = jax.checkpoint(attend, prevent_cse=False)(q, keys, values, places, first)
+                out = jax.checkpoint(attend, prevent_cse=False)(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), places, first)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(rows, count, s.num_heads * s.head_dim))
-        return out, cache
+        return out, Entries(k, v) if entries else None
 
 
 class Mlp(nn.Module):
@@ -257,22 +297,23 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` wants: carry -> carry, with the layer's number as the scanned input."""
+    """One layer, in the form that `nn.scan` wants: carry -> carry, with the layer's part of the cache as the scanned input and its entries
+    as the scanned output."""
 
     spec: DecoderSpec
+    entries: bool
     rows: jax.sharding.NamedSharding | None = None
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, first: jax.Array | None, layer: jax.Array
-    ) -> tuple[Any, None]:
-        x, cache = carry
+        self, x: jax.Array, positions: jax.Array, first: jax.Array | None, cached: Cache | None
+    ) -> tuple[jax.Array, Entries | None]:
         x = x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
         normed = RMSNorm(self.spec.norm_eps, name="input_norm")(x)
-        attended, cache = Attention(self.spec, name="attn")(normed, positions, first, cache, layer)
+        attended, entries = Attention(self.spec, name="attn")(normed, positions, first, cached, self.entries)
         x = x + attended
-        x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x), cache is None)
-        return (x, cache), None
+        x = x + Mlp(self.spec, name="mlp")(RMSNorm(self.spec.norm_eps, name="post_norm")(x), not self.entries)
+        return x, entries
 
 
 class Embed(nn.Module):
@@ -297,12 +338,18 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, cache: Cache | None = None, first: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] after the last norm, for `tokens` [B, T] int32 at `positions` [B, T] (default 0 .. T-1).
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        first: jax.Array | None = None,
+        entries: bool = False,
+    ) -> tuple[jax.Array, Entries | None]:
+        """Hidden states [B, T, D] after the last norm, for `tokens` [B, T] int32 at `positions` [B, T] (default 0 .. T-1), and with
+        `entries` what they add to a cache.
 
-        Without a cache, tokens see the earlier ones of their row. With one, keys and values are written at `positions` (those past its
-        end are dropped) and tokens see all of their row's entries up to their own position; the new cache is returned.
+        Without a cache, tokens see the earlier ones of their row. With one there is one token a row (T = 1), which sees itself and what the
+        cache holds before its position; its entries are returned, and not yet in the cache (`written`).
 
         Rows of several sequences (without a cache): `first` [B, T] int32 is the index in the row of the first token of each token's own
         sequence, which is all that the token sees; `positions` then count from each sequence's beginning.
@@ -318,11 +365,12 @@ class Decoder(nn.Module):
             length=self.spec.num_layers,
         )
         x = Embed(self.spec, name="embed")(tokens).astype(self.dtype)
-        (x, cache), _ = layers(self.spec, self.rows, name="layers")((x, cache), positions, first, jnp.arange(self.spec.num_layers))
+        entries = entries or cache is not None
+        x, made = layers(self.spec, entries, self.rows, name="layers")(x, positions, first, cache)
         x = RMSNorm(self.spec.norm_eps, name="final_norm")(x)
         if self.is_initializing() and not self.spec.tie_embeddings:
             Linear(self.spec.vocab_size, name="lm_head")(x)
-        return x, cache
+        return x, made
 
 
 def head(params: Any) -> jax.Array:

@@ -11,9 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 # A layer's kernels lie in a stack of all layers' [N, in, out]. cuBLAS takes its part of the stack where it lies (from JAX 0.11 on); for a
-# product by Triton, XLA for GPUs first copies it out, so that a decoded token moves all weights three times. Compilers for other devices
-# let the option be.
-OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# product by Triton, and for small products of the same input that it would make one of, XLA for GPUs first copies it out, so that a decoded
+# token moves all weights three times. Compilers for other devices let the options be.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 THREADS = 8  # at most; a program of a 7B model takes its compiler a GiB or two
 
 

@@ -28,6 +28,8 @@ from seal_jax.errors import SealError
 AXES = ("edit", "fsdp", "tensor")
 SHARED = ("tensor", "fsdp")  # what shares a model too large for one device
 EDITS = P("edit")  # a leading axis dealt out over the shards
+CACHES = P(None, "edit")  # caches [N, E, ...]
+EVERYWHERE = P()
 
 # A kernel [N, in, out] by what its projection reads and writes; biases [N, out] follow the last axis.
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # the outputs (heads, features) are cut over `tensor`
@@ -110,8 +112,8 @@ def edit_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
-    """The sharding of stacked caches [E, N, B, G, ...] with `kv_heads` G."""
-    return NamedSharding(mesh, P("edit", None, None, None if kv_heads % mesh.shape["tensor"] else "tensor"))
+    """The sharding of stacked caches [N, E, B, G, ...] with `kv_heads` G."""
+    return NamedSharding(mesh, P(*CACHES, None, None if kv_heads % mesh.shape["tensor"] else "tensor"))
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -131,7 +133,7 @@ def hidden_sharding(mesh: Mesh) -> NamedSharding:
 
 def everywhere(mesh: Mesh) -> NamedSharding:
     """The sharding of small arrays that every device has whole."""
-    return NamedSharding(mesh, P())
+    return NamedSharding(mesh, EVERYWHERE)
 
 
 # --- Crossing the border -------------------------------------------------------------------------------------------
@@ -150,13 +152,11 @@ def fetch(tree: Any) -> Any:
     return jax.device_get(tree) if all(local) else multihost_utils.process_allgather(tree, tiled=True)
 
 
-def over_edits(function: Callable[..., Any], mesh: Mesh, arguments: Sequence[bool]) -> Callable[..., Any]:
-    """`function` run once a shard. `arguments[i]`: whether argument i is dealt out over `edit`, or the same everywhere.
-
-    Results are dealt out. Within it, arrays hold the shard's part.
+def over_edits(function: Callable[..., Any], mesh: Mesh, arguments: Sequence[Any], results: Any = EDITS) -> Callable[..., Any]:
+    """`function` run once a shard. `arguments` and `results` say of each how it is dealt out over `edit`: `EDITS`, `CACHES`, `EVERYWHERE`,
+    or a tree of them. Within it, arrays hold the shard's part.
     """
-    specs = tuple(EDITS if dealt else P() for dealt in arguments)
-    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=EDITS, axis_names={"edit"}, check_vma=False)
+    return jax.shard_map(function, mesh=mesh, in_specs=tuple(arguments), out_specs=results, axis_names={"edit"}, check_vma=False)
 
 
 def deal_rows(tree: Any, mesh: Mesh) -> Any:

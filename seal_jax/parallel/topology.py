@@ -32,7 +32,7 @@ from seal_jax.parallel import collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel.targets import Target
 from seal_jax.sample import decode
-from seal_jax.sample.engine import ROOM
+from seal_jax.sample.engine import ROOM, SHORT
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
 
@@ -135,17 +135,17 @@ class Programs:
             -(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
         )
 
-    def _answers(self) -> tuple[int, int, int, int, Any, Any]:
-        """Adapters a shard at once, rows and prompts of each, prompt length, the adapters, their rows."""
+    def _answers(self) -> tuple[int, int, int, Any, Any]:
+        """Adapters a shard at once, rows of each, prompt length, the adapters, their rows."""
         a = self.config.answer
         each = min(a.rows, math.ceil(self.workload.questions))
-        adapters, prompts = min(max(1, a.rows // each), self.edits), 1 << (each - 1).bit_length()
+        adapters = min(max(1, a.rows // each), self.edits)
         length = plan.padded_length(self.workload.question)
         room = -(-(self.workload.question + a.max_tokens) // ROOM) * ROOM
         out = 1 << (a.max_tokens - 1).bit_length()
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, self.decoder.dtype, sharding=x.sharding)  # noqa: E731
         lora = jax.tree.map(abstract, self.fit_engine.abstract_state(adapters).lora)
-        return adapters, each, prompts, length, lora, self._rows(adapters, each, max(room, length), out)
+        return adapters, each, length, lora, self._rows(adapters, each, max(room, length), out)
 
     def _rows(self, adapters: int, each: int, positions: int, out: int) -> decode.Rows:
         """The abstract state of `each` sequences of `adapters` adapters a shard."""
@@ -156,17 +156,17 @@ class Programs:
         return jax.tree.map(lambda x: abstract(x, edits), rows)._replace(cache=caches)
 
     def prefill(self) -> Case:
-        adapters, each, prompts, length, lora, rows = self._answers()
-        shape = (self.shards * adapters, prompts)
+        adapters, each, length, lora, rows = self._answers()
+        shape = (self.shards * adapters, each)
         edits = mesh_lib.edit_sharding(self.mesh)
         tokens = jax.ShapeDtypeStruct((*shape, length), jnp.int32, sharding=edits)
         lengths = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=edits)
         caches = cost.shard_bytes(rows.cache)
         positions = rows.cache.v.shape[-2]
-        made = caches * prompts * length / (each * positions)
+        made = caches * length / positions
         return Case(
             "prefill",
-            f"{adapters} x {prompts} questions of {length} tokens",
+            f"{adapters} x {each} questions of {length} tokens",
             lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
             {"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + made},
             self.weights + adapters * self.answering,
@@ -178,11 +178,11 @@ class Programs:
         )
 
     def decode(self) -> Case:
-        adapters, each, prompts, length, lora, rows = self._answers()
+        adapters, each, length, lora, rows = self._answers()
         caches = cost.shard_bytes(rows.cache)
         positions = rows.cache.v.shape[-2]
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
-        prefix = caches * prompts * length / (each * positions)
+        prefix = caches * length / positions
         return Case(
             "decode",
             f"a token of {adapters} x {each} answers, {positions} positions",
@@ -203,17 +203,18 @@ class Programs:
         return self.weights * (1 if self.spec.tie_embeddings else 1 - head / sum(math.prod(x.shape) for x in jax.tree.leaves(self.params)))
 
     def write(self) -> Case:
-        """The decoding of self-edits by the bare model, with room for the longest that the config allows."""
+        """The decoding of self-edits by the bare model, with caches grown to the longest that the config allows."""
         s, prompt = self.config.sample, self.workload.prompt
         tokens = min(s.max_tokens, self.config.model.max_length - prompt)
         rows = self._rows(1, s.rows, -(-(prompt + tokens) // ROOM) * ROOM, 1 << (tokens - 1).bit_length())
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         caches = cost.shard_bytes(rows.cache)
+        before = caches / 4 if rows.cache.v.shape[-2] >= 2 * SHORT else 0.0  # while it grows: keys, or values, of half the length
         return Case(
             "write",
             f"a token of {s.rows} self-edits, {rows.cache.v.shape[-2]} positions",
             lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, None, rows, steps),
-            {"weights": self.weights, "caches": caches},
+            {"weights": self.weights, "caches": caches + before},
             self.weights + caches,
             0,
             self._read() + caches,  # of every position that a row may have, used or not

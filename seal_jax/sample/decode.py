@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from seal_jax.models.decoder import Cache, Decoder, empty_cache, logits
+from seal_jax.models.decoder import Cache, Decoder, Entries, filled, logits, written
 from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel.mesh import CACHES, EDITS, EVERYWHERE
 from seal_jax.sample.logits import Guide, Sampling, pick
 
 
 class Rows(NamedTuple):
     """The state of E x R sequences. Leaves are [E, R, ...] but for the cache."""
 
-    cache: Cache  # k [E, N, R, G, h, S], v [E, N, R, G, S, h]
+    cache: Cache  # k [N, E, R, G, h, S], v [N, E, R, G, S, h]
     last: jax.Array  # int32, the newest token, not yet in the cache
     position: jax.Array  # int32, its position
     drawn: jax.Array  # int32, tokens drawn so far
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
 class Prefix(NamedTuple):
     """P prefilled prompts for each of E adapters."""
 
-    cache: Cache  # k [E, N, P, G, h, L], v [E, N, P, G, L, h]
+    cache: Cache  # k [N, E, P, G, h, L], v [N, E, P, G, L, h]
     logits: jax.Array  # [E, P, V] float32, after the prompt's last token
     length: jax.Array  # [E, P] int32
 
@@ -51,6 +52,10 @@ class Starts(NamedTuple):
     limit: jax.Array  # int32
     state: jax.Array  # int32, the state that its constraint starts in; 0: none
     sampling: Sampling
+
+
+ROWS = Rows(CACHES, *[EDITS] * (len(Rows._fields) - 1))  # how they are dealt out over the shards
+PREFIX = Prefix(CACHES, EDITS, EDITS)
 
 
 def _variables(params: Any, lora: Any) -> dict[str, Any]:
@@ -80,8 +85,9 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def _rows(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> Rows:
-    shape = (adapters, rows)
-    cache = jax.tree.map(lambda x: jnp.zeros((adapters, *x.shape), x.dtype), empty_cache(decoder.spec, rows, length, decoder.dtype))
+    spec, shape = decoder.spec, (adapters, rows)
+    cache = (spec.num_layers, *shape, spec.num_kv_heads)
+    cache = Cache(*(jnp.zeros((*cache, *last), decoder.dtype) for last in ((spec.head_dim, length), (length, spec.head_dim))))
     zero = jnp.zeros(shape, jnp.int32)
     floats = jnp.zeros(shape, jnp.float32)
     sampling = Sampling(jnp.zeros((*shape, 2), jnp.uint32), floats, floats + 1.0, zero)
@@ -92,17 +98,17 @@ def _rows(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> 
 def prefill(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
     """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` [E, ...] or None)."""
     shard = functools.partial(_prefill, decoder)
-    return _placed(mesh_lib.over_edits(shard, mesh, (False, True, True, True))(params, lora, tokens, length), mesh)
+    deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, EDITS, EDITS), PREFIX)
+    return _placed(deal(params, lora, tokens, length), mesh)
 
 
 def _prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
     def one(lora: Any, tokens: jax.Array, length: jax.Array) -> tuple[Cache, jax.Array]:
-        cache = empty_cache(decoder.spec, tokens.shape[0], tokens.shape[1], decoder.dtype)
-        hidden, cache = decoder.apply(_variables(params, lora), tokens, None, cache)
+        hidden, entries = decoder.apply(_variables(params, lora), tokens, entries=True)
         last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-        return cache, logits(params, last)
+        return filled(entries), logits(params, last)
 
-    cache, last = jax.vmap(one)(lora, tokens, length)
+    cache, last = jax.vmap(one, out_axes=(1, 0))(lora, tokens, length)
     return Prefix(cache, last, length)
 
 
@@ -110,11 +116,12 @@ def _prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length
 def only(mesh: Mesh, prefix: Prefix, index: jax.Array) -> Prefix:
     """A prefix of one prompt for each adapter: the one at `index` [E] int32."""
 
-    def one(prefix: Prefix, i: jax.Array) -> Prefix:
-        cache = jax.tree.map(lambda x: x[:, i][:, None], prefix.cache)
-        return Prefix(cache, prefix.logits[i][None], prefix.length[i][None])
+    def shard(prefix: Prefix, index: jax.Array) -> Prefix:
+        e = jnp.arange(index.shape[0])
+        cache = jax.tree.map(lambda x: x[:, e, index][:, :, None], prefix.cache)
+        return Prefix(cache, prefix.logits[e, index][:, None], prefix.length[e, index][:, None])
 
-    return _placed(mesh_lib.over_edits(jax.vmap(one), mesh, (True, True))(prefix, index), mesh)
+    return _placed(mesh_lib.over_edits(shard, mesh, (PREFIX, EDITS), PREFIX)(prefix, index), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -122,28 +129,36 @@ def take(mesh: Mesh, dtype: jnp.dtype, lora: Any, index: jax.Array) -> Any:
     """The adapters at `index` [E] int32 of the stacked `lora`, counted within their shard, in the `dtype` of the activations: what each
     product would round them to, but once instead of at every token."""
     one = lambda lora, index: jax.tree.map(lambda x: x[index].astype(dtype), lora)  # noqa: E731
-    return mesh_lib.over_edits(one, mesh, (True, True))(lora, index)
+    return mesh_lib.over_edits(one, mesh, (EDITS, EDITS))(lora, index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def resize(mesh: Mesh, axis: int, length: int, cached: jax.Array) -> jax.Array:
+    """Keys or values of `Rows` with room for `length` positions, more or fewer, along their `axis` of positions."""
+    room = [(0, 0, 0)] * cached.ndim
+    room[axis] = (0, length - cached.shape[axis], 0)
+    sharding = mesh_lib.cache_sharding(mesh, cached.shape[3])
+    return jax.lax.with_sharding_constraint(jax.lax.pad(cached, jnp.zeros((), cached.dtype), room), sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))
 def insert(stop: tuple[int, ...], mesh: Mesh, rows: Rows, prefix: Prefix, starts: Starts, guide: Guide | None = None) -> Rows:
     """Starts requests: each gets its prompt's cache, and its first token is drawn. `stop` ids end a sequence."""
     shard = functools.partial(_insert, stop)
-    return _placed(mesh_lib.over_edits(shard, mesh, (True, True, True, False))(rows, prefix, starts, guide), mesh)
+    deal = mesh_lib.over_edits(shard, mesh, (ROWS, PREFIX, EDITS, EVERYWHERE), ROWS)
+    return _placed(deal(rows, prefix, starts, guide), mesh)
 
 
 def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, guide: Guide | None) -> Rows:
+    e, width = jnp.arange(starts.row.shape[0]), prefix.cache.v.shape[-2]
+
     def copy(i: jax.Array, cache: Cache) -> Cache:
         """The caches of the i-th request of every adapter: one at a time, so that no second copy of them all is made."""
-
-        def one(cache: Cache, prompts: Cache, row: jax.Array, source: jax.Array) -> Cache:
-            width = prompts.v.shape[-2]
-            return Cache(
-                cache.k.at[:, row, :, :, :width].set(prompts.k[:, source], mode="drop"),
-                cache.v.at[:, row, :, :width].set(prompts.v[:, source], mode="drop"),
-            )
-
-        return jax.vmap(one)(cache, prefix.cache, starts.row[:, i], starts.source[:, i])
+        row, source = starts.row[:, i], starts.source[:, i]
+        return Cache(
+            cache.k.at[:, e, row, :, :, :width].set(prefix.cache.k[:, e, source], mode="drop"),
+            cache.v.at[:, e, row, :, :width].set(prefix.cache.v[:, e, source], mode="drop"),
+        )
 
     most = jnp.max(jnp.sum(starts.row < rows.last.shape[1], axis=1))
 
@@ -183,16 +198,17 @@ def decode(
 ) -> Rows:
     """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are."""
     shard = functools.partial(_decode, decoder, stop)
-    return _placed(mesh_lib.over_edits(shard, mesh, (False, True, True, False, False))(params, lora, rows, steps, guide), mesh)
+    deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, ROWS, EVERYWHERE, EVERYWHERE), ROWS)
+    return _placed(deal(params, lora, rows, steps, guide), mesh)
 
 
 def _decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None) -> Rows:
     def one(rows: Rows) -> Rows:
-        def hidden_of(lora: Any, last: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            hidden, cache = decoder.apply(_variables(params, lora), last[:, None], position[:, None], cache)
-            return hidden[:, 0], cache
+        def hidden_of(lora: Any, last: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Entries]:
+            hidden, entries = decoder.apply(_variables(params, lora), last[:, None], position[:, None], cache)
+            return hidden[:, 0], entries
 
-        hidden, cache = jax.vmap(hidden_of)(lora, rows.last, rows.position, rows.cache)
+        hidden, entries = jax.vmap(hidden_of, in_axes=(0, 0, 0, 1), out_axes=(0, 1))(lora, rows.last, rows.position, rows.cache)
         flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
         scores = _masked(flat(logits(params, hidden)), guide, flat(rows.state))
         token = pick(scores, jax.tree.map(flat, rows.sampling), flat(rows.drawn)).reshape(rows.last.shape)
@@ -202,7 +218,7 @@ def _decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, row
         place = jnp.where(rows.done, rows.out.shape[-1], rows.drawn)
         live = (~rows.done).astype(jnp.int32)
         return rows._replace(
-            cache=cache,
+            cache=written(rows.cache, entries, rows.position),
             last=token,
             position=rows.position + live,
             drawn=rows.drawn + live,

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.fit.plan import deal, padded_length
-from seal_jax.models.decoder import Decoder, packed
+from seal_jax.models.decoder import Cache, Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode as device
 from seal_jax.sample.constraint import Constraint, guide
@@ -25,6 +25,7 @@ from seal_jax.sample.logits import Guide, Sampling
 
 LOOK = 16  # tokens between the host's looks at who is done
 ROOM = 64  # a cache's length is a multiple of this
+SHORT = 512  # positions that a cache has before it grows, to twice as many each time; longer prompts apart
 FEW = 8  # requests that start together in a program for few; for more there is one for as many as there are rows
 
 
@@ -182,44 +183,76 @@ class _Pool:
         self.ready: dict[tuple[int, tuple[int, ...]], tuple[device.Prefix, int]] = {}
         everyone = [requests[i] for queue in queues for i in queue]
         room = max(len(r.prompt) + r.max_tokens for r in everyone)
-        room = max(padded_length(max(len(r.prompt) for r in everyone)), -(-room // ROOM) * ROOM)
-        self.rows = device.empty(model.decoder, model.mesh, self.size, each, room, _power_of_two(max(r.max_tokens for r in everyone)))
+        self.most = max(padded_length(max(len(r.prompt) for r in everyone)), -(-room // ROOM) * ROOM)  # positions that a row may need
+        self.length: dict[tuple[int, int], int] = {}  # (adapter, row) -> tokens of its sequence, drawn ones included
+        out = _power_of_two(max(r.max_tokens for r in everyone))
+        self.rows = device.empty(model.decoder, model.mesh, self.size, each, self._room(0), out)
 
     def run(self) -> Iterator[list[tuple[int, Generated]]]:
         """Serves the queues to their ends; yields the requests that ended since the last look."""
         m = self.model
         while True:
-            self._start()
+            starts = self._start()
             if not self.owner:
                 return
-            steps = mesh_lib.put(np.int32(LOOK if any(self.queues) else 4 * LOOK), mesh_lib.everywhere(m.mesh))
-            self.rows = device.decode(m.decoder, m.stop, m.mesh, m.params, self.lora, self.rows, steps, m.guide)
+            steps = LOOK if any(self.queues) else 4 * LOOK
+            # Prompts lie in their prefix padded, as long as the longest of those prefilled together.
+            width = max((prefix.cache.v.shape[-2] for prefix, _ in starts), default=0)
+            self._resize(max(width, *(min(n + steps, self._limit(place)) for place, n in self.length.items())))
+            for prefix, together in starts:
+                self._insert(prefix, together)
+            self._keep([self._prompt(e, queue[0]) for e, queue in enumerate(self.queues) if queue])
+            given = mesh_lib.put(np.int32(steps), mesh_lib.everywhere(m.mesh))
+            self.rows = device.decode(m.decoder, m.stop, m.mesh, m.params, self.lora, self.rows, given, m.guide)
             yield self._ended()
+
+    def _limit(self, place: tuple[int, int]) -> int:
+        """The most tokens that the sequence at `place` may come to."""
+        r = self.requests[self.owner[place]]
+        return len(r.prompt) + r.max_tokens
+
+    def _room(self, tokens: int) -> int:
+        """The length of a cache for sequences of so many tokens: one of a few, so that there are few programs."""
+        room = max(SHORT, _power_of_two(tokens))
+        return room if 2 * room <= self.most else self.most
+
+    def _resize(self, tokens: int) -> None:
+        """Has the cache no longer than sequences of so many tokens need: every step reads all of it, and long limits are seldom reached."""
+        k, v = self.rows.cache
+        room = self._room(tokens)
+        if room != v.shape[-2]:
+            self.rows = self.rows._replace(cache=())  # keys, then values, so that only one of them is there twice
+            k = device.resize(self.model.mesh, -1, room, k)
+            v = device.resize(self.model.mesh, -2, room, v)
+            self.rows = self.rows._replace(cache=Cache(k, v))
 
     def _ended(self) -> list[tuple[int, Generated]]:
         """Takes the results out of the rows that are done: the one place where the host reads from the device."""
         done, drawn, out = mesh_lib.fetch((self.rows.done, self.rows.drawn, self.rows.out))
         ended = []
-        for place in [place for place in self.owner if done[place]]:
-            ids = out[place][: drawn[place]].tolist()
-            stopped = ids[-1] in self.model.stop
-            ended.append((self.owner.pop(place), Generated(tuple(ids[:-1] if stopped else ids), stopped)))
+        for place, index in list(self.owner.items()):
+            self.length[place] = len(self.requests[index].prompt) + int(drawn[place])
+            if done[place]:
+                del self.owner[place], self.length[place]
+                ids = out[place][: drawn[place]].tolist()
+                stopped = ids[-1] in self.model.stop
+                ended.append((index, Generated(tuple(ids[:-1] if stopped else ids), stopped)))
         return ended
 
-    def _start(self) -> None:
-        """Gives the free rows to requests from the queues."""
+    def _start(self) -> list[tuple[device.Prefix, list[_Start]]]:
+        """Gives the free rows to requests from the queues. Returns those, by the prefix that holds their prompts."""
         starts = []
         for e, queue in enumerate(self.queues):
             free = [r for r in range(self.each) if (e, r) not in self.owner]
             starts += [_Start(e, r, queue.popleft()) for r in free[: len(queue)]]
         self._prefill(list(dict.fromkeys(self._prompt(s.adapter, s.index) for s in starts)))
-        by_prefix: dict[int, list[_Start]] = {}
+        by_prefix: dict[int, tuple[device.Prefix, list[_Start]]] = {}
         for s in starts:
             self.owner[s.adapter, s.row] = s.index
-            by_prefix.setdefault(id(self.ready[self._prompt(s.adapter, s.index)][0]), []).append(s)
-        for together in by_prefix.values():
-            self._insert(together)
-        self._keep([self._prompt(e, queue[0]) for e, queue in enumerate(self.queues) if queue])
+            self.length[s.adapter, s.row] = len(self.requests[s.index].prompt) + 1
+            prefix, _ = self.ready[self._prompt(s.adapter, s.index)]
+            by_prefix.setdefault(id(prefix), (prefix, []))[1].append(s)
+        return list(by_prefix.values())
 
     def _put(self, tree: Any) -> Any:
         return mesh_lib.put(tree, mesh_lib.edit_sharding(self.model.mesh))
@@ -235,7 +268,7 @@ class _Pool:
                 new[adapter].append(prompt)
         if not any(new):
             return
-        shape = self.size, _power_of_two(max(map(len, new)))
+        shape = self.size, min(self.each, _power_of_two(max(map(len, new))))
         tokens = np.zeros((*shape, padded_length(max(len(p) for own in new for p in own))), np.int32)
         lengths = np.zeros(shape, np.int32)
         for e, own in enumerate(new):
@@ -244,8 +277,8 @@ class _Pool:
         prefix = device.prefill(self.model.decoder, self.model.mesh, self.model.params, self.lora, *self._put((tokens, lengths)))
         self.ready.update({(e, prompt): (prefix, p) for e, own in enumerate(new) for p, prompt in enumerate(own)})
 
-    def _insert(self, starts: list[_Start]) -> None:
-        """Puts requests whose prompts are in one prefix into their rows."""
+    def _insert(self, prefix: device.Prefix, starts: list[_Start]) -> None:
+        """Puts requests whose prompts are in `prefix` into their rows."""
         columns = [[s for s in starts if s.adapter == e] for e in range(self.size)]
         width = self.each if max(map(len, columns)) > FEW else min(FEW, self.each)
         shape = (self.size, width)
@@ -255,7 +288,7 @@ class _Pool:
         for e, column in enumerate(columns):
             for q, s in enumerate(column):
                 r = self.requests[s.index]
-                prefix, source[e, q] = self.ready[e, r.prompt]
+                source[e, q] = self.ready[e, r.prompt][1]
                 row[e, q], limit[e, q] = s.row, r.max_tokens
                 state[e, q] = 0 if r.constraint is None else self.model.states[r.constraint]
                 key[e, q], temperature[e, q], top_p[e, q], top_k[e, q] = r.key, r.temperature, r.top_p, r.top_k

@@ -10,7 +10,7 @@ import pytest
 from seal_jax.errors import SealError
 from seal_jax.models import decoder, embedded
 from seal_jax.models import lora as lora_lib
-from seal_jax.models.decoder import Cache, Decoder, empty_cache, head, logits, rope_frequencies
+from seal_jax.models.decoder import Cache, Decoder, empty_cache, filled, head, logits, rope_frequencies, written
 from seal_jax.models.gguf import read_gguf
 from seal_jax.models.spec import from_hf, to_hf
 from seal_jax.models.tree import get, leaves
@@ -18,7 +18,7 @@ from seal_jax.models.tree import get, leaves
 torch = pytest.importorskip("torch", reason="torch computes the reference; pip install seal_jax[test]")
 
 FAMILIES = ["llama2", "llama3", "smollm2", "qwen2", "qwen3"]
-LENGTHS, STEPS, WIDTH, ROOM = (80, 17, 1), 6, 96, 96  # beyond the 64 positions from which llama3's frequencies are stretched
+LENGTHS, STEPS, WIDTH = (80, 17, 1), 6, 96  # beyond the 64 positions from which llama3's frequencies are stretched
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -27,9 +27,17 @@ def forward(decoder, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def forward_cached(decoder, params, tokens, positions, cache):
-    hidden, cache = decoder.apply({"params": params}, tokens, positions, cache)
-    return logits(params, hidden), cache
+def prefill(decoder, params, prompts):
+    hidden, entries = decoder.apply({"params": params}, prompts, entries=True)
+    return logits(params, hidden), filled(entries)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def step(decoder, params, tokens, positions, cache):
+    """One token a row: `tokens` and `positions` [B]."""
+    hidden, entries = decoder.apply({"params": params}, tokens[:, None], positions[:, None], cache)
+    alone = lambda tree: jax.tree.map(lambda x: x[:, None], tree)  # noqa: E731, as of one adapter
+    return logits(params, hidden)[:, 0], jax.tree.map(lambda x: x[:, 0], written(alone(cache), alone(entries), positions[None]))
 
 
 def sequences(spec, lengths=LENGTHS, extra=STEPS, seed=0):
@@ -66,31 +74,31 @@ def test_logits_equal_transformers(tiny, family):
 def test_prefill_and_decode_equal_transformers(tiny, family):
     model = tiny(family)
     rows, decoder = sequences(model.spec), Decoder(model.spec)
-    # What a cache holds beyond the written positions must not matter, whatever it is.
-    junk = np.random.default_rng(1).normal(0, 1e4, (2, *empty_cache(model.spec, len(rows), ROOM, np.float32).k.shape)).astype(np.float32)
-    cache = Cache(jnp.asarray(junk[0]), jnp.asarray(junk[1]).swapaxes(-1, -2))
     prompts = padded([ids[:length] for ids, length in zip(rows, LENGTHS, strict=True)])
-    positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), prompts.shape)
-    out, cache = forward_cached(decoder, model.params, prompts, positions, cache)
+    out, cache = prefill(decoder, model.params, prompts)
     got = [[*np.asarray(row)[:length]] for row, length in zip(out, LENGTHS, strict=True)]
-    for step in range(STEPS):  # every row at a position of its own
-        tokens = np.asarray([[ids[length + step]] for ids, length in zip(rows, LENGTHS, strict=True)], np.int32)
-        place = np.asarray(LENGTHS, np.int32)[:, None] + step
-        out, cache = forward_cached(decoder, model.params, tokens, place, cache)
+    # What a cache holds beyond the written positions must not matter, whatever it is.
+    junk = lambda x: np.random.default_rng(1).normal(0, 1e4, x.shape).astype(np.float32)  # noqa: E731
+    past = np.arange(WIDTH) >= np.asarray(LENGTHS)[:, None, None]  # [B, 1, S]
+    cache = Cache(jnp.where(past[:, :, None], junk(cache.k), cache.k), jnp.where(past[..., None], junk(cache.v), cache.v))
+    for n in range(STEPS):  # every row at a position of its own
+        tokens = np.asarray([ids[length + n] for ids, length in zip(rows, LENGTHS, strict=True)], np.int32)
+        out, cache = step(decoder, model.params, tokens, np.asarray(LENGTHS, np.int32) + n, cache)
         for row, one in zip(got, np.asarray(out), strict=True):
-            row.append(one[0])
+            row.append(one)
     for row, ids in zip(got, rows, strict=True):
         assert np.abs(np.stack(row) - expected(model.reference, ids)).max() <= 1e-4
 
 
-def test_a_cache_takes_tokens_in_any_portions_and_drops_what_is_past_its_end(tiny):
+def test_a_cache_is_filled_from_nothing_and_drops_what_is_past_its_end(tiny):
     model = tiny("smollm2")
-    ids, decoder = sequences(model.spec, (8,), 0)[0].astype(np.int32)[None], Decoder(model.spec)
-    first, cache = forward_cached(decoder, model.params, ids[:, :4], np.arange(4)[None], empty_cache(model.spec, 1, 12, jnp.float32))
-    second, cache = forward_cached(decoder, model.params, ids[:, 4:], np.arange(4, 8)[None], cache)
-    got = np.concatenate([first[0], second[0]])
-    assert np.abs(got - expected(model.reference, ids[0])).max() <= 1e-4
-    _, after = forward_cached(decoder, model.params, ids[:, :4], np.arange(12, 16)[None], cache)
+    ids, decoder = sequences(model.spec, (8,), 0)[0].astype(np.int32), Decoder(model.spec)
+    cache, got = empty_cache(model.spec, 1, 12, jnp.float32), []
+    for position, token in enumerate(ids):
+        out, cache = step(decoder, model.params, np.asarray([token]), np.asarray([position], np.int32), cache)
+        got.append(np.asarray(out)[0])
+    assert np.abs(np.stack(got) - expected(model.reference, ids)).max() <= 1e-4
+    _, after = step(decoder, model.params, ids[:1], np.asarray([12], np.int32), cache)
     jax.tree.map(np.testing.assert_array_equal, cache, after)
 
 
@@ -104,8 +112,7 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(tiny, family):
     low = model.load(dtype=torch.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     decoder = Decoder(model.spec, jnp.bfloat16)
-    cache = empty_cache(model.spec, len(rows), ROOM, jnp.bfloat16)
-    out, cache = forward_cached(decoder, params, padded(rows), np.broadcast_to(np.arange(WIDTH, dtype=np.int32), (len(rows), WIDTH)), cache)
+    out, cache = prefill(decoder, params, padded(rows))
     assert out.dtype == jnp.float32 and cache.k.dtype == cache.v.dtype == jnp.bfloat16
 
     def error(values):
@@ -114,9 +121,9 @@ def test_bfloat16_is_as_near_as_transformers_bfloat16(tiny, family):
     size = np.sqrt(np.mean(np.concatenate([t.ravel() for t in truth]) ** 2))
     got = [np.array(row)[: len(ids)] for row, ids in zip(out, rows, strict=True)]
     # The last token once more, as a decoding step, which computes its attention in another way.
-    last, place = np.asarray([[ids[-1]] for ids in rows], np.int32), np.asarray([[len(ids) - 1] for ids in rows], np.int32)
-    for row, one in zip(got, forward_cached(decoder, params, last, place, cache)[0], strict=True):
-        row[-1] = one[0]
+    last, place = np.asarray([ids[-1] for ids in rows], np.int32), np.asarray([len(ids) - 1 for ids in rows], np.int32)
+    for row, one in zip(got, step(decoder, params, last, place, cache)[0], strict=True):
+        row[-1] = one
     ours = error(got)
     theirs = error([expected(low, ids) for ids in rows])
     assert ours < 0.02 * size and ours < 1.3 * theirs

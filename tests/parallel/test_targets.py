@@ -55,9 +55,9 @@ def results(text):
         if not line.startswith(" "):
             # Inside a fusion nothing is written; inside one that a library's product is part of, its slice is only pointed at.
             fused = bool(re.match(r"%?(fused_|\S*fusion|\S*computation|address)", line))
-        elif not fused and (made := re.match(r"\s+(?:ROOT )?%?\S+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", line)):
-            found.append((made[3], made[1], tuple(map(int, made[2].split(",")))))
-    return [made for made in found if made[0] not in ("parameter", "get-tuple-element", "bitcast", "constant")]
+        elif not fused and (made := re.match(r"\s+(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", line)):
+            found += [(made[2], dtype, tuple(map(int, dims.split(",")))) for dtype, dims in re.findall(r"(\w+)\[([\d,]+)\]", made[1])]
+    return [made for made in found if made[0] not in ("parameter", "get-tuple-element", "bitcast", "constant", "tuple", "while")]
 
 
 @needs_cuda
@@ -69,6 +69,22 @@ def test_no_program_for_gpus_copies_the_weights(name):
     assert text.count("__cublas") >= 7, "the projections are the library's, which read their kernels from the stack"
     kernels = {(WIDTH, INNER), (INNER, WIDTH), (WIDTH, WIDTH)}
     copies = [made for made in results(text) if made[1] == "bf16" and tuple(n for n in made[2] if n > 1) in kernels]
+    assert not copies
+
+
+@needs_cuda
+@pytest.mark.skipif(not newer, reason="before JAX 0.11, XLA copies every layer's cache out of the stack")
+@pytest.mark.parametrize("name", ["decode", "write"])
+def test_decoding_on_gpus_reads_caches_where_they_lie(name):
+    found = programs(targets.named("h200"))
+    case = getattr(found, name)()
+    text = text_of(found, case)
+    stack = re.search(r"bf16\[6,(\d+),(\d+),4,128,(\d+)\]", text)
+    assert stack, "the keys of all layers"
+    adapters, rows, positions = map(int, stack.groups())
+    whole = sorted(n for n in (adapters, rows, 4, 128, positions) if n > 1)
+    merged = sorted(n for n in (adapters * rows * 4, 128, positions) if n > 1)
+    copies = [made for made in results(text) if made[1] == "bf16" and sorted(n for n in made[2] if n > 1) in (whole, merged)]
     assert not copies
 
 

@@ -8,7 +8,7 @@ import pytest
 from seal_jax import rng
 from seal_jax.models import lora
 from seal_jax.models.decoder import Decoder
-from seal_jax.sample import decode
+from seal_jax.sample import decode, engine
 from seal_jax.sample.engine import Generated, Request, generate
 
 torch = pytest.importorskip("torch", reason="torch computes the reference; pip install seal_jax[test]")
@@ -216,3 +216,31 @@ def test_what_is_refused(world, adapters):
         with pytest.raises(ValueError, match=told):
             generate(decoder, model.params, [good, bad], stop=STOP, rows=ROWS, lora=lora_)
     assert generate(decoder, model.params, [], stop=STOP, rows=ROWS) == []
+
+
+def test_caches_are_no_longer_than_the_sequences_in_them(world, monkeypatch):
+    """They grow as sequences do, and shrink when the long ones are over; no one's tokens change by that. One row long, the others short."""
+    model, decoder, requests, _ = world
+    asked = [dataclasses.replace(requests[1], max_tokens=100)] + [
+        dataclasses.replace(r, max_tokens=9 + i % 4) for i, r in enumerate(requests)
+    ]
+    stop = STOP[1:2]
+    at_once = generate(decoder, model.params, asked, stop=stop, rows=2)
+    assert len(at_once[0].tokens) > 64
+    seen, decoded = [], decode.decode
+
+    def watched(decoder, stop, mesh, params, lora, rows, steps, guide):
+        written = np.asarray(rows.position + jnp.minimum(steps, rows.limit - rows.drawn))[~np.asarray(rows.done)]
+        seen.append((rows.cache.v.shape[-2], int(np.max(written, initial=0))))
+        return decoded(decoder, stop, mesh, params, lora, rows, steps, guide)
+
+    monkeypatch.setattr(decode, "decode", watched)
+    monkeypatch.setattr(engine, "SHORT", 16)
+    for together in (asked, asked[::-1]):
+        seen.clear()
+        grown = generate(decoder, model.params, together, stop=stop, rows=2)
+        assert (grown if together is asked else grown[::-1]) == at_once
+        lengths = [length for length, _ in seen]
+        assert {32, 64, 128} <= set(lengths) <= {16, 32, 64, 128}, "powers of two, up to the least that holds everyone"
+        assert lengths.index(128) < len(lengths) - 1 - lengths[::-1].index(32)
+        assert all(length >= need for length, need in seen)
