@@ -15,6 +15,7 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.shapes import published
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import leaves, nest
+from seal_jax.parallel import mesh as mesh_lib
 
 # Without end tokens: what random weights say should not end early.
 SHAPES = {name: dataclasses.replace(published(name), eos_ids=(), bos_id=None) for name in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b")}
@@ -27,7 +28,7 @@ SHAPES["tiny"] = dataclasses.replace(
 def load(name: str, dtype: jnp.dtype, seed: int = 0) -> tuple[DecoderSpec, Any]:
     """(spec, params): the shape `name` with random weights, or "embedded", or whatever else `load_model` knows."""
     if name in SHAPES:
-        return SHAPES[name], random_params(SHAPES[name], dtype, seed)
+        return SHAPES[name], mesh_lib.laid_out(random_params(SHAPES[name], dtype, seed), mesh_lib.single())
     from seal_jax.models.load import load_model  # reads every format, and so needs more packages than the shapes do
 
     model = load_model(ModelConfig(name, str(dtype)))

@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seal_jax.parallel import hlo
+
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
-_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+)\w*\[([\d,]*)\]")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
-_CALLS = re.compile(r"(?:calls|to_apply|(?:true|false)_computation)=%?([\w.-]+)")
-_LISTED = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -37,15 +34,7 @@ def of_text(text: str, mesh: Mapping[str, int], trips: float = 1) -> list[Collec
     `trips`: how often loops run that the text does not say. Of the branches of a condition, the one that sends the most counts.
     Raises ValueError for groups of devices in a form that is not known.
     """
-    computations: dict[str, list[str]] = {}
-    entry, current = "", []
-    for line in text.splitlines():
-        if not line.startswith(" ") and (found := _COMPUTATION.match(line)):
-            current = computations.setdefault(found[2], [])
-            entry = found[2] if found[1] else entry
-        elif line.startswith(" "):
-            current.append(line)
-
+    computations, entry = hlo.computations(text)
     seen: set[str] = set()  # where compute runs beside a collective, each of the fusions that it is cut into names it again
 
     def walk(name: str) -> Iterator[Collective]:
@@ -55,13 +44,14 @@ def of_text(text: str, mesh: Mapping[str, int], trips: float = 1) -> list[Collec
                 if channel is None or channel[1] not in seen:
                     yield from _read(line, found, mesh)
                 seen.update(channel.groups() if channel else ())
-            elif found := _WHILE.search(line):
-                times = _trips(line, computations.get(found[1], ()), trips)
-                yield from (one._replace(times=one.times * times) for one in walk(found[2]))
+            elif loop := hlo.loop(line):
+                condition, body = loop
+                times = hlo.trips(line, computations.get(condition, ()), trips)
+                yield from (one._replace(times=one.times * times) for one in walk(body))
             elif " conditional(" in line:
-                yield from max((list(walk(branch)) for branch in _named(line)), key=total, default=[])
+                yield from max((list(walk(branch)) for branch in hlo.called(line)), key=total, default=[])
             else:
-                for called in _named(line):
+                for called in hlo.called(line):
                     yield from walk(called)
 
     return list(walk(entry))
@@ -80,13 +70,8 @@ def by_axes(found: Sequence[Collective]) -> dict[str, float]:
     return sums
 
 
-def _named(line: str) -> list[str]:
-    """The computations that an instruction names."""
-    return [*_CALLS.findall(line), *(name for listed in _LISTED.findall(line) for name in re.findall(r"[\w.-]+", listed))]
-
-
 def _read(line: str, found: re.Match[str], mesh: Mapping[str, int]) -> Iterator[Collective]:
-    kind, size = found[2], _size(found[1])
+    kind, size = found[2], hlo.size(found[1])
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
         groups = np.asarray(re.findall(r"\d+", pairs[1]) if pairs else [], int).reshape(-1, 2)
@@ -100,15 +85,6 @@ def _read(line: str, found: re.Match[str], mesh: Mapping[str, int]) -> Iterator[
         sent = size * {"all-reduce": 2 * share, "reduce-scatter": count - 1}.get(kind, share)
     if sent := sent if count > 1 else 0.0:
         yield Collective(kind, _axes(groups, mesh), count, 1, sent)
-
-
-def _size(types: str) -> float:
-    """The bytes of the arrays that `types` lists."""
-    sizes = []
-    for kind, shape in _ARRAY.findall(types):
-        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind.replace("bf", "")))
-        sizes.append(np.prod([int(n) for n in shape.split(",") if n], dtype=float) * bits / 8)
-    return float(sum(sizes))
 
 
 def _groups(line: str, devices: int) -> np.ndarray[Any, Any]:
@@ -140,12 +116,3 @@ def _iota(shape: str, order: str | None) -> np.ndarray[Any, Any]:
 def _axes(groups: np.ndarray[Any, Any], mesh: Mapping[str, int]) -> tuple[str, ...]:
     places = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, devices]
     return tuple(axis for axis, place in zip(mesh, places, strict=True) if (place != place[:, :1]).any())
-
-
-def _trips(line: str, condition: Sequence[str], unknown: float) -> float:
-    """How often a loop runs: what XLA notes beside it, or the one number that its counter is compared with."""
-    if found := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(found[1])
-    bounds = [int(n) for text in condition for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", text)]
-    plain = any(" compare(" in text and "direction=LT" in text and text.lstrip().startswith("ROOT") for text in condition)
-    return bounds[0] if plain and len(bounds) == 1 else unknown

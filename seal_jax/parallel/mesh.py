@@ -17,8 +17,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -30,6 +32,9 @@ SHARED = ("tensor", "fsdp")  # what shares a model too large for one device
 EDITS = P("edit")  # a leading axis dealt out over the shards
 CACHES = P(None, "edit")  # caches [N, E, ...]
 EVERYWHERE = P()
+# How the matrix units of a chip read kernels in bfloat16, where that is not how XLA lays arrays out by itself: it would lay all of them out
+# anew, beside the old, in every call (seen with libtpu 0.0.52).
+TILINGS: dict[str, tuple[tuple[int, ...], ...]] = {"TPU7x": ((16, 128), (2, 1))}
 
 # A kernel [N, in, out] by what its projection reads and writes; biases [N, out] follow the last axis.
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # the outputs (heads, features) are cut over `tensor`
@@ -95,6 +100,21 @@ def parameter_sharding(mesh: Mesh) -> Callable[[tuple[str, ...], tuple[int, ...]
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     """The shardings of a tree of parameters, or of one adapter that every shard of edits has: of arrays, or of their shapes."""
     return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh)(tuple(k.key for k in path), x.shape), tree)
+
+
+def laid_out(params: Any, mesh: Mesh) -> Any:
+    """The parameters, or their shapes, with the kernels in memory as the devices of `mesh` read them. A model shared by several devices
+    stays as it is: XLA's partitioner drops the layout of what it cuts."""
+    shared = any(mesh.shape[axis] > 1 for axis in SHARED)
+    tiling = None if shared else TILINGS.get(mesh.devices.flat[0].device_kind)
+
+    def one(path: tuple[Any, ...], x: Any) -> Any:
+        if tiling is None or path[-1].key != "kernel" or x.dtype != jnp.bfloat16:
+            return x
+        where = Format(Layout(tuple(range(x.ndim)), tiling), x.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def adapter_shardings(mesh: Mesh, shapes: Any) -> Any:

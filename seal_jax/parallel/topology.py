@@ -103,7 +103,8 @@ class Programs:
         self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), config.model.remat)
         where = mesh_lib.parameter_sharding(mesh)
         shapes = {leaf.path: leaf.shape for leaf in leaves(spec)}
-        self.params = nest({p: jax.ShapeDtypeStruct(shape, weights, sharding=where(p, shape)) for p, shape in shapes.items()})
+        params = nest({p: jax.ShapeDtypeStruct(shape, weights, sharding=where(p, shape)) for p, shape in shapes.items()})
+        self.params = mesh_lib.laid_out(params, mesh)
         self.weights = cost.shard_bytes(self.params)
         f = config.fit
         self.fit_engine = FitEngine(

@@ -36,13 +36,13 @@ Key = tuple[str | int, ...]
 
 def _merge(params: Any, lora: Any, scale: float, keep: bool = False) -> Any:
     """`params` (consumed, unless to be kept) with the adapter added, where they lie."""
-    where = jax.tree.map(lambda x: x.sharding, params)
+    where = jax.tree.map(lambda x: x.format, params)
     return jax.jit(lora_lib.merge, donate_argnums=() if keep else (0,), out_shardings=where)(params, lora, scale)
 
 
 def _rounded(params: Any, weights: Any) -> Any:
     """`weights` in the dtypes of `params`, where those lie."""
-    where, dtypes = (jax.tree.map(lambda x, name=name: getattr(x, name), params) for name in ("sharding", "dtype"))
+    where, dtypes = (jax.tree.map(lambda x, name=name: getattr(x, name), params) for name in ("format", "dtype"))
     return jax.jit(lambda new: jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes), out_shardings=where)(weights)
 
 
@@ -77,7 +77,7 @@ class Policy:
         self._slots_of: dict[tuple[int, int, int], int] = {}
         self._peak = chips.peak(self.mesh.devices.flat)
         self.tokenizer: Tokenizer = model.tokenizer
-        self.params = model.params
+        self.params = mesh_lib.laid_out(model.params, self.mesh)
         weights = jax.tree.leaves(model.params)[0].dtype
         self.decoder = Decoder(model.spec, activation_dtype(weights), config.model.remat)
         self.max_length = min(config.model.max_length, model.spec.max_positions)

@@ -192,6 +192,20 @@ def test_a_plan_for_a_tpu(planned):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("shared", [{}, {"tensor": 2, "fsdp": 2}])
+def test_kernels_lie_as_the_chip_reads_them(settings, shared):
+    """Elsewhere each program of a v7x would begin with a copy of all kernels, beside them."""
+    target = targets.named("tpu7x:2x2x1")
+    settings = dataclasses.replace(settings, mesh=config_lib.MeshConfig(**shared))
+    mesh = mesh_lib.make(settings.mesh, target.devices)
+    programs = topology.Programs(settings, shapes.published("qwen2.5-1.5b"), mesh, topology.Workload())
+    program = topology.build(programs.decode(), mesh)
+    assert program.work is not None
+    if not shared:
+        assert program.bytes["temporaries"] < 0.3 * program.bytes["weights"]
+
+
+@needs_libtpu
 def test_a_model_that_is_too_large_does_not_fit(settings):
     """What the compiler refuses is an answer, not a failure."""
     target = targets.named("v5e:2x2")
