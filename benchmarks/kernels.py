@@ -74,8 +74,9 @@ class Program:
             if loop := hlo.loop(op.line):
                 condition, body = loop
                 yield from self._kernels(body, times * hlo.trips(op.line, self.lines[condition], self.trips))
-            elif op.kind == "conditional":  # the cheapest branch: greedy choice of a token, say
-                yield from min((list(self._kernels(branch, times)) for branch in hlo.called(op.line)), key=total)
+            elif op.kind == "conditional":  # the branch that does most, or without products least: greedy choice of a token
+                branches = [list(self._kernels(branch, times)) for branch in hlo.called(op.line)]
+                yield from min(branches, key=lambda kernels: (-sum(k.flops * k.times for k in kernels), total(kernels)))
             elif op.kind == "call":
                 for name in hlo.called(op.line):
                     yield from self._kernels(name, times)
