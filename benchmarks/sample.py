@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from benchmarks import common, peers, shapes, workload
 from benchmarks.common import Bench
@@ -115,7 +116,8 @@ def roofline(
     """The share of the bandwidth roofline that a decoding step reaches; None where one token takes as long as all."""
     tokens = bench.args.tokens
     step = (statistics.median(whole) - statistics.median(first)) / (tokens - 1)
-    read = shapes.decode_bytes(bench.spec, bench.dtype.itemsize, [len(p) + tokens / 2 for p in prompts], models, bench.lora)
+    sizes = bench.dtype.itemsize, jnp.dtype(bench.decoder.dtype).itemsize
+    read = shapes.decode_bytes(bench.spec, *sizes, [len(p) + tokens / 2 for p in prompts], models, bench.lora)
     return read / bench.bandwidth / step if step > 0 else None
 
 

@@ -55,8 +55,11 @@ def matrix_parameters(spec: DecoderSpec) -> int:
     return spec.num_layers * linear + spec.vocab_size * spec.hidden_size
 
 
-def decode_bytes(spec: DecoderSpec, itemsize: int, positions: Sequence[float], adapters: int = 0, lora: LoraConfig | None = None) -> float:
-    """The fewest bytes that one decoding step reads: every weight once, each adapter once, and the cache of rows at `positions`."""
-    cache = sum(positions) * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * itemsize
-    own = adapters * lora_lib.count(spec, lora.rank, lora.targets) * itemsize if lora is not None else 0
-    return matrix_parameters(spec) * itemsize + cache + own
+def decode_bytes(
+    spec: DecoderSpec, weight: int, activation: int, positions: Sequence[float], adapters: int = 0, lora: LoraConfig | None = None
+) -> float:
+    """The fewest bytes that one decoding step reads: every weight once, each adapter once, and the cache of rows at `positions`; of
+    `weight` bytes a weight, and of `activation` bytes an entry of a cache or of an adapter that answers."""
+    cache = sum(positions) * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    own = adapters * lora_lib.count(spec, lora.rank, lora.targets) if lora is not None else 0
+    return matrix_parameters(spec) * weight + (cache + own) * activation

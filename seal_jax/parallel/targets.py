@@ -62,6 +62,7 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 50 << 20),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 1.98, 50 << 20),
 }
+KNOWN = ", ".join(("v5e:2x4", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1", *GPUS, "h200:8"))
 
 
 def named(name: str) -> Target:
@@ -69,8 +70,11 @@ def named(name: str) -> Target:
 
     Raises `SealError` if there is none of that name, or no compiler for it.
     """
-    gpu = re.fullmatch(rf"({'|'.join(GPUS)})(?::([1-9]\d*))?", name)
-    return _tpus(name) if gpu is None else _gpus(name, gpu[1], int(gpu[2] or 1))
+    if gpu := re.fullmatch(rf"({'|'.join(GPUS)})(?::([1-9]\d*))?", name):
+        return _gpus(name, gpu[1], int(gpu[2] or 1))
+    if re.match(r"v\d|tpu", name):
+        return _tpus(name)
+    raise SealError(f"--topology {name}: neither a TPU nor a GPU of those known, say {KNOWN}")
 
 
 def _tpus(name: str) -> Target:
@@ -112,9 +116,8 @@ def _described(name: str, **description: str) -> tuple[Any, ...]:
     try:
         return tuple(topologies.get_topology_desc(name, **description).devices)
     except Exception as error:  # jaxlib's, of several kinds
-        known = ", ".join((*GPUS, "h200:8"))
         said = " ".join(str(error).split())[:200]
-        raise SealError(f"--topology {name}: {said}; known are, say, v5e:2x4, v5p:2x2x1, v6e:2x2, {known}") from None
+        raise SealError(f"--topology {name}: {said}; known are, say, {KNOWN}") from None
 
 
 def description(which: str) -> str:

@@ -45,9 +45,12 @@ def test_an_edit_of_the_7b_shape_costs_what_was_estimated():
 def test_decode_bytes_by_hand():
     spec, config = shapes.SHAPES["tiny"], LoraConfig(4, 8.0)
     cache = 2 * 2 * 1 * 16 * 2  # keys and values, layers, heads, width, bytes: of one position
-    plain = shapes.decode_bytes(spec, 2, [10.0, 20.0])
+    plain = shapes.decode_bytes(spec, 2, 2, [10.0, 20.0])
     assert plain == 2 * shapes.matrix_parameters(spec) + 30 * cache
-    assert shapes.decode_bytes(spec, 2, [10.0, 20.0], 3, config) == plain + 3 * 2 * lora.count(spec, 4, config.targets)
+    assert shapes.decode_bytes(spec, 2, 2, [10.0, 20.0], 3, config) == plain + 3 * 2 * lora.count(spec, 4, config.targets)
+    # Where bfloat16 weights have float32 activations: the cache and the adapters are as those.
+    wide = shapes.decode_bytes(spec, 2, 4, [10.0, 20.0], 3, config)
+    assert wide - plain == plain - 2 * shapes.matrix_parameters(spec) + 3 * 4 * lora.count(spec, 4, config.targets)
 
 
 def test_interleave_warms_up_and_takes_turns():

@@ -117,6 +117,14 @@ def test_a_model_shared_by_gpus():
     assert program.work is not None and program.sent["fsdp"] > 0 and program.sent["tensor"] > 0
 
 
+@pytest.mark.parametrize("name", ["b200", "h200:0", "h2000", "", "gpu"])
+def test_what_is_neither_a_tpu_nor_a_gpu(name):
+    with pytest.raises(
+        SealError, match=rf"--topology {name}: neither a TPU nor a GPU of those known, say v5e:2x4, .*, a100, h100, h200, h200:8"
+    ):
+        targets.named(name)
+
+
 def test_without_the_plugin_it_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SealError, match=r'plugin for CUDA: pip install "seal_jax\[plan-gpu\]"'):

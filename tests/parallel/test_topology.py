@@ -241,3 +241,11 @@ def test_without_libtpu_the_extra_is_named(planned, monkeypatch):
 def test_one_of_topology_and_devices(planned, arguments):
     code, _, err = planned(*arguments)
     assert code == 2 and "either --topology NAME" in err
+
+
+def test_plans_keep_out_of_the_compilation_cache():
+    """Programs for devices that are not there cannot be read back from it. Afterwards it is as it was, also after a fault."""
+    with pytest.raises(RuntimeError, match="fault"), topology._uncached():
+        assert not jax.config.jax_enable_compilation_cache
+        raise RuntimeError("fault")
+    assert jax.config.jax_enable_compilation_cache
