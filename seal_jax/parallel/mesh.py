@@ -103,8 +103,8 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def laid_out(params: Any, mesh: Mesh) -> Any:
-    """The parameters, or their shapes, with the kernels in memory as the devices of `mesh` read them. A model shared by several devices
-    stays as it is: XLA's partitioner drops the layout of what it cuts."""
+    """The parameters (consumed), or their shapes, with the kernels in memory as the devices of `mesh` read them. A model shared by several
+    devices stays as it is: XLA's partitioner drops the layout of what it cuts."""
     shared = any(mesh.shape[axis] > 1 for axis in SHARED)
     tiling = None if shared else TILINGS.get(mesh.devices.flat[0].device_kind)
 
@@ -112,7 +112,9 @@ def laid_out(params: Any, mesh: Mesh) -> Any:
         if tiling is None or path[-1].key != "kernel" or x.dtype != jnp.bfloat16:
             return x
         where = Format(Layout(tuple(range(x.ndim)), tiling), x.sharding)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) if isinstance(x, jax.ShapeDtypeStruct) else jax.device_put(x, where)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.device_put(x, where, donate=True)
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -1,8 +1,9 @@
 """Generation for many requests and many adapters: queues on the host, `decode` on the device.
 
 Requests of one adapter share its rows; a row that ends takes the adapter's next request at the next look of the host, so that a few long
-sequences do not hold up the rest. A prompt of an adapter is prefilled once, however many requests have it and whenever they start. A
-request's tokens depend on its prompt, adapter, key, sampling and constraint alone.
+sequences do not hold up the rest. A prompt of an adapter is prefilled once, however many requests have it and whenever they start. Caches
+are as long as the sequences in them, and not as those may become. A request's tokens depend on its prompt, adapter, key, sampling and
+constraint alone.
 """
 
 from __future__ import annotations
