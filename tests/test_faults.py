@@ -66,7 +66,8 @@ def test_one_fault_after_another_and_continued_equals_unbroken(start, pause, wai
     assert ended(command(), 200) == 0
     same_run(folder, tiny_run)
     assert sorted(path.name for path in (folder / "policy").iterdir()) == ["1", "2"]
-    done = [e["unit"] for e in read_events(folder / "events.jsonl") if e["event"] == "unit_done"]
+    # The table is made of units and written each time: the last kill may come after it.
+    done = [e["unit"] for e in read_events(folder / "events.jsonl") if e["event"] == "unit_done" and e["unit"] != "table"]
     assert len(done) == len(set(done)), "nothing is computed twice"
 
 
