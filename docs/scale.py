@@ -76,19 +76,20 @@ class Cell:
 
 
 Records = Mapping[Cell, Record]
+FULL = ("model.remat=full", "fit.tokens_per_step=512")
 # One for each model and generation: a mesh on which a replica fits, on at least two replicas, so that what goes between them is seen.
 CELLS = (
-    Cell("qwen2.5-7b", "v5e", "2x2", ("mesh.tensor=2", "sample.rows=16")),
+    Cell("qwen2.5-7b", "v5e", "2x2", ("mesh.tensor=2", "sample.rows=16", *FULL)),
     Cell("qwen2.5-7b", "v5p", "2x2x1"),
     Cell("qwen2.5-7b", "v6e", "2x2", ("sample.rows=16",)),
     Cell("qwen2.5-7b", "tpu7x", "2x2x1"),
-    Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "fit.slots=5")),
-    Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4")),
-    Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2")),
-    Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2")),
+    Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "fit.slots=5", *FULL)),
+    Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4", *FULL)),
+    Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2", *FULL)),
+    Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2", *FULL)),
 )
 # The same replica as the first of CELLS, four times as many of them.
-PROOF = Cell("qwen2.5-7b", "v5e", "4x4", ("mesh.tensor=2", "sample.rows=16", "rest_em.group=40", "fit.slots=33"))
+PROOF = Cell("qwen2.5-7b", "v5e", "4x4", ("mesh.tensor=2", "sample.rows=16", "rest_em.group=40", "fit.slots=33", *FULL))
 
 _EDITS = workload.make_round()
 WRITTEN = tuple(e.written for e in _EDITS if e.seed == 0)
@@ -173,7 +174,7 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
   tokens, longest {longest}), S={seeds} seeds; an edit has {sequences} sequences, {tokens:g} tokens an epoch, {epochs} epochs, {questions}
   questions and {answer} tokens an answer.
 - **E-step**: writing, fitting and answering, in groups of as many contexts as the replicas hold adapters of. A group's self-edits are
-  written until its longest ends (the expected longest of so many); a step fits a sequence each of up to {rows} edits a replica; answers go
+  written until its longest ends (the expected longest of so many); a step fits a sequence each of up to {rows} edits a replica, by chip; answers go
   on to their limit. Fewer edits than that make smaller steps, but no fewer of them: hence 50 contexts gain little from many chips. More
   replicas make larger groups, whose longest self-edit all wait for: hence more chips take more chip-hours. Not counted: the prompts'
   prefill, the unadapted baseline, grading, loading, checkpoints, compilation.
@@ -187,7 +188,7 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
 A promise: real programs do not reach their roofline, and by how much they miss it only a measurement tells. Divide the hours of
 bandwidth-bound programs by the share of the bandwidth that `python -m benchmarks.sample` measures on the chip in question
 (`bandwidth_share`); of compute-bound ones by the share of the operations (`mfu` of `python -m benchmarks.fit`, over 0.7, because a roofline
-with `remat: full` counts recomputed operations and `mfu` does not). At 40 % of the roofline everything takes 2.5 times as long. Small
+with `model.remat=full` counts recomputed operations and `mfu` does not). At 40 % of the roofline everything takes 2.5 times as long. Small
 steps are worse off, since what a step costs besides does not shrink. Steps that wait for their longest sequence, and hops between
 chips that are no neighbours, are not in it; what a tpu7x chip's two devices tell each other counts as sent over links. Chip-hours are hours
 times chips; no price is assumed.
@@ -200,7 +201,8 @@ B memory bandwidth, I interconnect.
 {replicas}
 
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
-adapters; `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as fsdp; jaxlib 0.10.2).
+adapters; `model.remat=full` and steps of 512 tokens, which take less memory than the config's `auto` and 4,096, for the 70B and for v5e
+(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as fsdp; jaxlib 0.10.2).
 
 {models}
 
@@ -369,7 +371,7 @@ def crossing(records: Records) -> str:
 def render(records: Records) -> str:
     """The page."""
     some = next(iter(records.values()))
-    w, fit = some["workload"], some["programs"][0]
+    w = some["workload"]
     per_chip = "\n  - {0.name}: {1:,.0f} TFLOP/s, {2:,.0f} GB/s of {3:.0f} GiB, {4:.0f} GB/s to other chips"
     made = {
         cell: ", ".join(map(" ".join, records[cell]["versions"].items())) if cell in records else "not compiled" for cell in (*CELLS, PROOF)
@@ -382,7 +384,7 @@ def render(records: Records) -> str:
         mean=sum(WRITTEN) / len(WRITTEN),
         longest=max(WRITTEN),
         answer=w["answer_tokens"],
-        rows=fit["items"],
+        rows=" to ".join(str(f({r["programs"][0]["items"] for r in records.values()})) for f in (min, max)),
         replicas=replicas_table(records),
         models="\n\n".join(
             MODEL_TEXT.format(name=name, fits=fits_table(model, records), rounds=rounds_table(model, records))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 CHOICES = {
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("auto", "none", "dots", "full"),
     "fit.schedule": ("constant", "linear", "cosine"),
     "m_step.weights": ("lora",),  # a round's checkpoint is its adapter
     "continual.writer": ("adapted", "base"),

@@ -22,6 +22,8 @@ from seal_jax.parallel.cost import shard_bytes
 SHARE = 0.9  # of a device's memory that programs may take; the rest is the runtime's, and lost between buffers
 CPU_SHARE = 0.5  # the same of a machine's main memory, which others use too
 TRIES = 8  # compilations at most
+SET = "set fit.slots to a number, and model.remat to none or full"  # what to do where nobody tells
+AUTO = ("none", "full")  # what `model.remat` "auto" is in fits: the faster one where it leaves room for enough slots
 
 
 class Bytes(NamedTuple):
@@ -125,7 +127,7 @@ def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float
             raise
         return used
     if found is None:
-        raise SealError("fit.slots: this backend does not tell what a program takes; set a number")
+        raise SealError(f"this backend does not tell what a program takes; {SET}")
     return float(found.total)
 
 
@@ -144,12 +146,28 @@ def device_limit(mesh: Mesh) -> float:
         try:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (OSError, ValueError):
-            raise SealError("fit.slots: this machine does not tell how much memory it has; set a number") from None
+            raise SealError(f"this machine does not tell how much memory it has; {SET}") from None
         return CPU_SHARE * memory / len(mesh.local_devices)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
-        raise SealError(f"fit.slots: {device.device_kind} does not tell how much memory it has; set a number")
+        raise SealError(f"{device.device_kind} does not tell how much memory it has; {SET}")
     return SHARE * stats["bytes_limit"]
+
+
+def remats(remat: str) -> tuple[str, ...]:
+    """What the backward pass of a fit may recompute by the config's `model.remat`, the fastest first."""
+    return AUTO if remat == "auto" else (remat,)
+
+
+def enough_slots(engine: FitEngine, edits: int) -> int:
+    """The slots a shard without which steps would be too small for what not recomputing saves: a quarter of a full step's rows."""
+    return max(1, engine.most_rows(min(engine.lengths), edits) // 4)
+
+
+def has_room(engine: FitEngine, params: Any, length: int, slots: int, edits: int, *, held: int = 0, limit: float | None = None) -> bool:
+    """Whether so many slots a shard fit; the rest as for `slots_that_fit`."""
+    limit = device_limit(engine.mesh) if limit is None else limit
+    return held + edits * adapter_bytes(engine) + step_bytes(engine, params, length, slots) <= limit
 
 
 def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, held: int = 0, limit: float | None = None) -> int:

@@ -27,6 +27,7 @@ def record(plan: Plan, config: RunConfig, model: str) -> dict[str, Any]:
         "device_memory": target.memory,
         "device_limit": target.limit,
         "fits": plan.fits,
+        "remat": plan.remat,
         "slots": plan.slots,
         "slots_set": config.fit.slots is not None,
         "edits_per_shard": plan.edits,
@@ -98,7 +99,7 @@ def _summary(found: dict[str, Any]) -> list[str]:
     why = "every edit of a group" if slots == found["edits_per_shard"] else why
     lines = [
         "fits: yes",
-        f"best K: {slots} slots a shard ({why}), {slots * found['mesh']['edit']} in all: fit.slots={slots}",
+        f"best K: {slots} slots a shard ({why}), {slots * found['mesh']['edit']} in all: fit.slots={slots} model.remat={found['remat']}",
         f"an edit: {edit['flops']:.3g} FLOP, {edit['bytes']:.3g} bytes as the compiler counts them, on all devices",
     ]
     if edit["seconds"] is None:

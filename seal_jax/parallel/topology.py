@@ -93,29 +93,32 @@ class Program:
 
 
 class Programs:
-    """The programs of a run of `config` with a model of `spec`, on `mesh`; what they hold, and how often an edit needs them."""
+    """The programs of a run of `config` with a model of `spec`, on `mesh`; what they hold, and how often an edit needs them.
 
-    def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload):
+    `remat`: what the backward pass of fits recomputes (default: the config's, of "auto" the fastest).
+    """
+
+    def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload, remat: str | None = None):
         self.config, self.spec, self.mesh, self.workload = config, spec, mesh, workload
         self.shards = mesh_lib.shards(mesh)
         elsewhere = mesh.devices.flat[0].platform != "cpu"
         weights = jnp.dtype("bfloat16") if elsewhere and config.model.dtype == "auto" else resolve_dtype(config.model.dtype)
-        self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), config.model.remat)
+        choices = memory.remats(config.model.remat)
+        self.remat = remat or choices[0]
+        self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), choices[-1])
         where = mesh_lib.parameter_sharding(mesh)
         shapes = {leaf.path: leaf.shape for leaf in leaves(spec)}
         params = nest({p: jax.ShapeDtypeStruct(shape, weights, sharding=where(p, shape)) for p, shape in shapes.items()})
         self.params = mesh_lib.laid_out(params, mesh)
         self.weights = cost.shard_bytes(self.params)
         f = config.fit
-        self.fit_engine = FitEngine(
-            self.decoder, f.lora, slots=1, tokens_per_step=f.tokens_per_step, batch_size=f.batch_size, lengths=f.lengths, mesh=mesh
-        )
+        options = {"tokens_per_step": f.tokens_per_step, "batch_size": f.batch_size, "lengths": f.lengths, "mesh": mesh}
+        self.fit_engine = FitEngine(self.decoder.clone(remat=self.remat), f.lora, slots=1, **options)
         self.adapter = memory.adapter_bytes(self.fit_engine)
         self.answering = self.adapter * self.decoder.dtype.itemsize / 4  # bytes of an adapter while it answers
         r = config.rest_em
         self.edits = -(-min(r.group, r.contexts) * r.edits * r.seeds // self.shards)  # that a shard fits in one go
         self.fit_length = plan.padded_length(math.ceil(workload.tokens / workload.sequences), f.lengths)
-        self.passes = 3 if config.model.remat == "full" else 2  # over the weights, forward and backward
 
     def fit(self, slots: int) -> Case:
         f, w = self.config.fit, self.workload
@@ -129,7 +132,7 @@ class Programs:
             kinds,
             self.weights + 3 * slots * self.adapter,
             0,
-            self.passes * self.weights + 6 * rows * self.adapter,
+            _passes(self.fit_engine.decoder) * self.weights + 6 * rows * self.adapter,
             w.sequences * f.epochs / (filled * f.batch_size * self.shards),
             filled,
             6 * self.adapter,
@@ -239,13 +242,18 @@ class Programs:
             {"weights": self.weights, "adapters": 3 * adapter},
             self.weights + 3 * adapter,
             0,
-            shape.microbatches * self.passes * self.weights + 6 * adapter,
+            shape.microbatches * _passes(self.decoder) * self.weights + 6 * adapter,
             0,
             shape.microbatches,
-            self.passes * self.weights,
+            _passes(self.decoder) * self.weights,
             -(-shape.rows // groups * shape.length // LOSS_POSITIONS),
             self.mesh.size,
         )
+
+
+def _passes(decoder: Decoder) -> int:
+    """Over the weights, forward and backward."""
+    return 3 if decoder.remat == "full" else 2
 
 
 def build(case: Case, mesh: Mesh) -> Program:
@@ -304,6 +312,7 @@ class Plan:
     mesh: dict[str, int]
     parameters: int
     dtype: str  # of the weights
+    remat: str  # of the fit: model.remat, or what "auto" is here
     slots: int  # a shard: fit.slots, or the most that fit; 0: not even one
     edits: int  # that a shard fits in one go: no more slots are of use
     programs: tuple[Program, ...]
@@ -329,29 +338,40 @@ class Plan:
 
 
 def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[str], None] = lambda text: None) -> Plan:
-    """Compiles what a run of `config` with a model of `spec` needs on `target`, with `fit.slots` or as many slots as fit.
+    """Compiles what a run of `config` with a model of `spec` needs on `target`, with its `model.remat` and `fit.slots`, or what
+    follows from the memory where these leave it open.
 
     Raises `SealError` for a mesh that does not fit the target.
     """
     mesh, workload = mesh_lib.make(config.mesh, target.devices), Workload()
-    programs = Programs(config, spec, mesh, workload)
-    built: dict[int, Program] = {}
-
-    def bytes_of(slots: int) -> float:
-        say(f"compiling fit with {slots} slots a shard")
-        built[slots] = build(programs.fit(slots), mesh)
-        return math.inf if math.isinf(built[slots].total) else built[slots].total
-
-    most = programs.edits
-    if config.fit.slots is not None:
-        most = min(most, config.fit.slots)
-        found = memory.Fits(most, int(used)) if (used := bytes_of(most)) <= target.limit else None
-    else:
-        found = memory.most_near(bytes_of, target.limit, most, 3 * programs.adapter)
-    done = [built[found.slots if found else min(built)]]
+    for remat in memory.remats(config.model.remat):
+        programs = Programs(config, spec, mesh, workload, remat)
+        found, fit = _fit_within(programs, target.limit, say)
+        if found and (config.fit.slots or found.slots >= memory.enough_slots(programs.fit_engine, programs.edits)):
+            break
+    done = [fit]
     for case in (programs.prefill(), programs.decode(), programs.m_step()):
         say(f"compiling {case.name}: {case.shape}")
         done.append(build(case, mesh))
     count = sum(math.prod(leaf.shape) for leaf in leaves(spec))
     dtype = str(jax.tree.leaves(programs.params)[0].dtype)
-    return Plan(target, workload, dict(mesh.shape), count, dtype, found.slots if found else 0, programs.edits, tuple(done))
+    slots = found.slots if found else 0
+    return Plan(target, workload, dict(mesh.shape), count, dtype, programs.remat, slots, programs.edits, tuple(done))
+
+
+def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) -> tuple[memory.Fits | None, Program]:
+    """How many slots fit, and the step with so many, or with the fewest tried where none do."""
+    built: dict[int, Program] = {}
+
+    def bytes_of(slots: int) -> float:
+        say(f"compiling fit with {slots} slots a shard, remat {programs.remat}")
+        built[slots] = build(programs.fit(slots), programs.mesh)
+        return math.inf if math.isinf(built[slots].total) else built[slots].total
+
+    most = programs.edits
+    if (given := programs.config.fit.slots) is not None:
+        most = min(most, given)
+        found = memory.Fits(most, int(used)) if (used := bytes_of(most)) <= limit else None
+    else:
+        found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter)
+    return found, built[found.slots if found else min(built)]

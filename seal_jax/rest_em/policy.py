@@ -74,12 +74,13 @@ class Policy:
 
     def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh or mesh_lib.single()
-        self._slots_of: dict[tuple[int, int, int], int] = {}
+        self._settled: dict[tuple[int, int, int], tuple[str, int]] = {}
         self._peak = chips.peak(self.mesh.devices.flat)
         self.tokenizer: Tokenizer = model.tokenizer
         self.params = mesh_lib.laid_out(model.params, self.mesh)
         weights = jax.tree.leaves(model.params)[0].dtype
-        self.decoder = Decoder(model.spec, activation_dtype(weights), config.model.remat)
+        # Of "auto" the M-step, a small part of a round, takes what needs less memory; fits choose by themselves.
+        self.decoder = Decoder(model.spec, activation_dtype(weights), memory.remats(config.model.remat)[-1])
         self.max_length = min(config.model.max_length, model.spec.max_positions)
 
     # --- text -------------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ class Policy:
     def fit(self, edits: Sequence[Edit], what: str = "", held: Any = None) -> Fitted:
         """Fits an adapter for every edit, all at once; with `held` (stacked, scale folded in) each on top of the one that it names."""
         jobs = [FitJob(e.key, self.tokenise(e.training), self._fit_config(e.training), e.held) for e in edits]
-        return self._fit(self._engine(self.config.fit.slots or (self._slots(jobs, held) if jobs else 1)), jobs, f"fitting{what}", held)
+        return self._fit(self._engine(*self._settle(jobs, held)), jobs, f"fitting{what}", held)
 
     def adapt(self, edits: Sequence[Edit], what: str = "", held: Any = None, texts: likelihood.Texts | None = None) -> list[Adapted]:
         """`fit`, and what each adapted model then answers to its probes; with `texts`, how likely it finds these."""
@@ -201,13 +202,17 @@ class Policy:
 
     # --- slots and jobs ---------------------------------------------------------------------------------------------
 
-    def _engine(self, slots: int) -> FitEngine:
-        c = self.config.fit
+    def _engine(self, remat: str, slots: int) -> FitEngine:
+        c, decoder = self.config.fit, self.decoder.clone(remat=remat)
         options = {"tokens_per_step": c.tokens_per_step, "batch_size": c.batch_size, "lengths": tuple(c.lengths), "mesh": self.mesh}
-        return FitEngine(self.decoder, c.lora, slots=slots, **options)
+        return FitEngine(decoder, c.lora, slots=slots, **options)
 
-    def _slots(self, jobs: Sequence[FitJob], held: Any) -> int:
-        """As many as fit: asked of the compiler, once for jobs of about the same number and length and as much held."""
+    def _settle(self, jobs: Sequence[FitJob], held: Any) -> tuple[str, int]:
+        """What the backward pass recomputes, and the slots a shard: what the config leaves open is asked of the compiler, once for jobs of
+        about the same number and length and as much held."""
+        *faster, remat = memory.remats(self.config.model.remat)
+        if not jobs or (not faster and self.config.fit.slots):
+            return remat, self.config.fit.slots or 1
         c, shards = self.config.fit, mesh_lib.shards(self.mesh)
         length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(c.lengths))
         edits, beside = 8 * -(-len(jobs) // (8 * shards)), 0
@@ -215,10 +220,16 @@ class Policy:
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
             beside = int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
         key = (length, edits, beside)
-        if key not in self._slots_of:
-            found = memory.slots_that_fit(self._engine(1), self.params, length, edits, held=beside)
-            self._slots_of[key] = processes.share(found)
-        return self._slots_of[key]
+        if key not in self._settled:
+            for other in faster:
+                engine = self._engine(other, 1)
+                enough = c.slots or memory.enough_slots(engine, edits)
+                if memory.has_room(engine, self.params, length, enough, edits, held=beside):
+                    remat = other
+                    break
+            slots = c.slots or memory.slots_that_fit(self._engine(remat, 1), self.params, length, edits, held=beside)
+            self._settled[key] = tuple(processes.share([remat, slots]))
+        return self._settled[key]
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)

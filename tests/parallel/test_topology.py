@@ -82,7 +82,7 @@ def test_the_products_of_the_7b_are_those_counted_by_hand():
     programs = topology.Programs(settings, shapes.published("qwen2.5-7b"), mesh_lib.single(), topology.Workload())
     spec, fit, tune = programs.spec, settings.fit.lora, settings.m_step.lora
     for case, by_hand in (
-        (programs.fit(10), cost.fit_flops(spec, fit, 480, 48, 480, "full")),
+        (programs.fit(10), cost.fit_flops(spec, fit, 480, 48, 480, "none")),  # of "auto" the faster; the M-step the other
         (programs.m_step(), 10 * cost.fit_flops(spec, tune, 384, 384, 384, "full")),
         (programs.prefill(), cost.forward_flops(spec, fit, 32 * 5 * 48, 48, 32 * 5)),
         (programs.decode(), cost.forward_flops(spec, fit, 32 * 5, 0, 32 * 5)),  # its attention is in sums, not products

@@ -28,11 +28,11 @@ def model(tiny_model):
     return load_model(config_lib.ModelConfig(str(tiny_model), "float32"))
 
 
-def make_policy(model, **changes):
+def make_policy(model, remat="none", **changes):
     config = config_lib.build(
         {
             "task": {"name": "knowledge"},
-            "model": {"max_length": 64},
+            "model": {"max_length": 64, "remat": remat},
             "fit": {"lora": {"rank": 4, "alpha": 8.0}, "epochs": 2, "lengths": [64], "slots": 8, "tokens_per_step": 512},
             "sample": {"max_tokens": 12, "rows": 2},
             "answer": {"max_tokens": 6, "rows": 4},
@@ -166,6 +166,38 @@ def test_slots_that_the_config_leaves_open_are_as_many_as_fit(model, policy, mon
     monkeypatch.setattr(memory, "device_limit", lambda mesh: 1.0)
     with pytest.raises(SealError, match="one edit of 64 tokens takes"):
         make_policy(model, fit=fit).adapt(edits)
+
+
+def test_what_fits_recompute_follows_from_the_memory(model, policy, monkeypatch):
+    """ "auto": nothing where the device has room for it; each is asked for once for jobs of a kind, and moves no answer."""
+    edits = [Edit(("s", i), TrainingSet((TrainSequence(f"Orsk sells {i} boats."),)), (Prompt(text="Who?"),)) for i in range(3)]
+    expected, asked, fits = policy.adapt(edits), [], []
+    real = Policy._fit
+    monkeypatch.setattr(
+        Policy, "_fit", lambda self, engine, *rest: fits.append((engine.decoder.remat, engine.slots)) or real(self, engine, *rest)
+    )
+
+    def step_bytes(engine, params, length, slots):
+        asked.append((engine.decoder.remat, slots))
+        return {"none": 1000.0, "full": 10.0}[engine.decoder.remat] * slots
+
+    monkeypatch.setattr(memory, "step_bytes", step_bytes)
+    monkeypatch.setattr(memory, "adapter_bytes", lambda engine: 0)
+    for slots, limit, found, questions in (
+        (4, 4000.0, ("none", 4), [("none", 4)]),
+        (4, 3999.0, ("full", 4), [("none", 4)]),
+        (None, 8000.0, ("none", 8), [("none", 2), ("none", 8)]),
+        (None, 6500.0, ("none", 6), [("none", 2), ("none", 8), ("none", 4), ("none", 6), ("none", 7)]),
+        (None, 1999.0, ("full", 8), [("none", 2), ("full", 8)]),
+    ):
+        monkeypatch.setattr(memory, "device_limit", lambda mesh: limit)  # noqa: B023
+        asked.clear()
+        fit = {"lora": {"rank": 4, "alpha": 8.0}, "epochs": 2, "lengths": [64], "slots": slots, "tokens_per_step": 512}
+        auto = make_policy(model, "auto", fit=fit)
+        results = [auto.adapt(edits) for _ in range(2)]
+        assert fits[-2:] == [found] * 2 and asked == questions, "asked for once"
+        assert [[a.outputs for a in result] for result in results] == [[a.outputs for a in expected]] * 2
+    assert auto.decoder.remat == "full", "of the M-step"
 
 
 def pairs_of(n):
