@@ -174,10 +174,10 @@ chip-hours. Nothing here was measured. This page is written by `python docs/scal
   tokens, longest {longest}), S={seeds} seeds; an edit has {sequences} sequences, {tokens:g} tokens an epoch, {epochs} epochs, {questions}
   questions and {answer} tokens an answer.
 - **E-step**: writing, fitting and answering, in groups of as many contexts as the replicas hold adapters of. A group's self-edits are
-  written until its longest ends (the expected longest of so many); a step fits a sequence each of up to {rows} edits a replica, by chip; answers go
-  on to their limit. Fewer edits than that make smaller steps, but no fewer of them: hence 50 contexts gain little from many chips. More
-  replicas make larger groups, whose longest self-edit all wait for: hence more chips take more chip-hours. Not counted: the prompts'
-  prefill, the unadapted baseline, grading, loading, checkpoints, compilation.
+  written until its longest ends (the expected longest of so many); a step fits a sequence each of up to {rows} edits a replica, by chip;
+  answers go on to their limit. Fewer edits than that make smaller steps, but no fewer of them: hence 50 contexts gain little from many
+  chips. More replicas make larger groups, whose longest self-edit all wait for: hence more chips take more chip-hours. Not counted: the
+  prompts' prefill, the unadapted baseline, grading, loading, checkpoints, compilation.
 - **M-step**: one kept pair a context, 2 epochs. 50 contexts: the paper's batch of 10, 10 steps. A data shard takes whole pairs, so that at
   most 10 of them work. 50,000 contexts: a batch of 512, 196 steps (assumed for its speed: nobody has tried what it learns). A step adds up
   the adapter's gradients over all replicas. Memory is that of a batch of 10, of which a device has a row at a time.
@@ -202,7 +202,8 @@ B memory bandwidth, I interconnect.
 
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
 adapters; `model.remat=full` and steps of 512 tokens, which take less memory than the config's `auto` and 4,096, for the 70B and for v5e
-(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as fsdp; jaxlib 0.10.2).
+(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as
+fsdp; jaxlib 0.10.2).
 
 {models}
 

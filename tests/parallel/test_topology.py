@@ -171,6 +171,20 @@ def test_a_plan_for_the_cpu(planned):
     assert found["edit"]["flops"] > 0 and found["edit"]["seconds"] is None, "nothing is known of this machine's speed"
 
 
+def test_what_fits_recompute_follows_from_the_memory(settings):
+    target = targets.here()
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat="auto"))
+    said = []
+    roomy = topology.make(settings, from_hf(SPEC), target, said.append)
+    assert (roomy.remat, roomy.slots) == ("none", roomy.edits) and not any("remat full" in line for line in said)
+    settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, slots=roomy.slots))
+    narrow = topology.make(settings, from_hf(SPEC), dataclasses.replace(target, limit=roomy.programs[0].total - 1), said.append)
+    assert narrow.fits and (narrow.remat, narrow.slots) == ("full", roomy.slots)
+    fit, m_step = narrow.programs[0], narrow.programs[-1]
+    assert fit.total < roomy.programs[0].total and fit.work.flops > 1.2 * roomy.programs[0].work.flops
+    assert m_step.work.flops == roomy.programs[-1].work.flops, "which recomputes in both"
+
+
 @needs_libtpu
 def test_a_plan_for_a_tpu(planned):
     code, out, err = planned("--topology", "v5e:2x2", "--json", "mesh.fsdp=2", "model.dtype=bfloat16")
