@@ -247,9 +247,9 @@ def grade(arguments: argparse.Namespace) -> None:
     settings = config.build({"task": {"name": "knowledge"}}, [f"grade.{item}" for item in arguments.overrides], "seal-jax grade")
     _say(f"seal-jax grade: {settings.grade.name}, cases of {arguments.cases}")
     from seal_jax.grade import agreement
-    from seal_jax.rest_em import loop
+    from seal_jax.rest_em.stage import grader
 
-    print(agreement.run(arguments.cases, loop.grader(settings), arguments.split, arguments.limit))
+    print(agreement.run(arguments.cases, grader(settings), arguments.split, arguments.limit))
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from seal_jax.models import peft
 from seal_jax.models.load import load_model
 from seal_jax.models.lora import merge
 from seal_jax.rest_em import loop
+from seal_jax.rest_em import stage as stage_lib
 from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint, files, places
 from seal_jax.runs.events import read_events
@@ -190,7 +191,7 @@ def test_export_writes_the_trained_policy(seal, tiny_run, tmp_path):
     from transformers import AutoConfig, AutoTokenizer
 
     config = config_lib.load(tiny_run / "config.yaml")
-    policy = loop.build(config, (), RunStore(tiny_run), 2).policy
+    policy = stage_lib.build(config, (), RunStore(tiny_run), 2).policy
     assert seal("export", tiny_run, tmp_path / "hf")[:2] == (0, f"{tmp_path / 'hf'}\n")
     assert AutoConfig.from_pretrained(tmp_path / "hf").hidden_size == 32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -18,7 +18,7 @@ from seal_jax.models.load import resolve_dtype
 from seal_jax.models.spec import from_hf
 from seal_jax.models.tree import leaves, nest
 from seal_jax.parallel import mesh
-from seal_jax.rest_em.loop import grader
+from seal_jax.rest_em.stage import grader
 from seal_jax.sample import decode
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine

@@ -13,47 +13,27 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from seal_jax import rng
-from seal_jax.config import MethodConfig, RunConfig
+from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.experiments import continual_table
 from seal_jax.experiments.gate import Gate
+from seal_jax.experiments.lane import Lane
 from seal_jax.fit.likelihood import Texts
 from seal_jax.rest_em import general, given, loop
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.measure import Clock
 from seal_jax.rest_em.policy import Edit, Key
+from seal_jax.rest_em.stage import Stage
 from seal_jax.runs import matrix, track
 from seal_jax.runs.store import RunStore
-from seal_jax.tasks.base import Context, TrainingSet, TrainSequence
-
-Trials = dict[str, dict[str, Any]]  # by context id: what was answered and earned
-
-
-@dataclasses.dataclass
-class Lane:
-    """One sequence of passages under one method, and what stands of it so far."""
-
-    name: str
-    method: MethodConfig
-    sequence: int
-    contexts: list[Context]
-    bits: float | None  # per token of the held texts, at the last step
-    learnt: list[tuple[TrainSequence, ...]] = dataclasses.field(default_factory=list)  # what each edit so far trained on, replays apart
-    answers: Trials = dataclasses.field(default_factory=dict)  # at the last step
-
-    def replayed(self, seed: int) -> tuple[TrainSequence, ...]:
-        """Training sequences of earlier passages to train on again with the next one, in the order of the draw."""
-        earlier = [s for part in self.learnt for s in part]
-        draw = rng.generator(seed, "continual", self.sequence, len(self.learnt), "replay")
-        return tuple(earlier[i] for i in draw.permutation(len(earlier))[: self.method.replay])
+from seal_jax.tasks.base import Context, TrainingSet
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What stays the same through the run."""
 
-    stage: loop.Stage
+    stage: Stage
     store: RunStore
     texts: Texts  # held: about no passage
 

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from seal_jax.experiments.lane import Lane
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.rest_em.held import Held
-from seal_jax.rest_em.loop import Stage
+from seal_jax.rest_em.stage import Stage
 from seal_jax.tasks.base import Score
-
-if TYPE_CHECKING:
-    from seal_jax.experiments.continual import Lane
 
 MEASURES = {
     "answers": "fall of the share of earlier questions answered right",

@@ -24,6 +24,7 @@ from seal_jax.rest_em import given, loop
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, Clock, record, trial
 from seal_jax.rest_em.policy import Policy
+from seal_jax.rest_em.stage import Stage
 from seal_jax.runs import files
 from seal_jax.runs.places import Place
 from seal_jax.runs.store import RunStore
@@ -59,7 +60,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         return store.once("table", lambda: summary(config, sizes, beside))
 
 
-def _write(stage: loop.Stage, store: RunStore, contexts: Sequence[Context]) -> dict[str, list[str]]:
+def _write(stage: Stage, store: RunStore, contexts: Sequence[Context]) -> dict[str, list[str]]:
     """The self-edits of each passage, by its id, written by the policy as it is before."""
     c, found = stage.policy.config.pretraining, {}
     for number, start in enumerate(range(0, len(contexts), c.group)):
@@ -75,14 +76,14 @@ def _write(stage: loop.Stage, store: RunStore, contexts: Sequence[Context]) -> d
     return found
 
 
-def _bare(stage: loop.Stage, contexts: Sequence[Context]) -> dict[str, Any]:
+def _bare(stage: Stage, contexts: Sequence[Context]) -> dict[str, Any]:
     """What the policy as it is before answers about each passage."""
     answers = _ask(stage.policy, stage.task, contexts, np.zeros(0), "answering without adaptation")
     return {"answers": {context.id: told for context, told in zip(contexts, answers, strict=True)}}
 
 
 def _measure(
-    stage: loop.Stage,
+    stage: Stage,
     store: RunStore,
     contexts: Sequence[Context],
     texts: Mapping[str, list[str]],
@@ -138,7 +139,7 @@ def _edited(texts: Sequence[str], sets: Sequence[TrainingSet], answered: dict[st
     }
 
 
-def _train(stage: loop.Stage, store: RunStore, name: str, sequences: Sequence[TrainSequence], label: str) -> np.ndarray:
+def _train(stage: Stage, store: RunStore, name: str, sequences: Sequence[TrainSequence], label: str) -> np.ndarray:
     """Trains the policy, from its last checkpoint if there is one, and returns its losses."""
     c, folder = stage.policy.config.pretraining, f"states/{name}"
 

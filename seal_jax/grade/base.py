@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from seal_jax.config import GradeConfig
-from seal_jax.errors import SealError
 from seal_jax.tasks.base import Prompt
 
 # Answers prompts, in their order; the engine samples greedily and stops after a few tokens.
@@ -80,23 +78,3 @@ def parse_yes_no(text: str) -> bool:
 def verdict_of(text: str) -> bool | None:
     """`parse_yes_no`, but None for a reply that has neither word."""
     return parse_yes_no(text) if _YES_NO.search(text) else None
-
-
-def build(grade_config: GradeConfig, generate: Generate | None = None) -> Grader:
-    """The grader that the configuration names; "judge" needs `generate`. Raises `SealError` for a name or a setting that cannot work."""
-    # Imported here, so that the offline grader needs none of the packages of the others.
-    if grade_config.name == "match":
-        from seal_jax.grade.match import MatchGrader
-
-        return MatchGrader(grade_config.threshold)
-    if grade_config.name == "judge":
-        from seal_jax.grade.judge import JudgeGrader
-
-        if generate is None:
-            raise SealError("grade.name=judge: needs a model to answer with, but none is loaded here; use 'match' or 'endpoint'")
-        return JudgeGrader(generate)
-    if grade_config.name == "endpoint":
-        from seal_jax.grade.endpoint import EndpointGrader
-
-        return EndpointGrader(grade_config)
-    raise SealError(f"grade.name={grade_config.name!r}: expected one of match, judge, endpoint")

@@ -10,6 +10,7 @@ from seal_jax.models import hf, load, peft
 from seal_jax.models import lora as lora_lib
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
+from seal_jax.rest_em.stage import restore
 from seal_jax.runs import checkpoint, files
 from seal_jax.runs.places import Place, place
 from seal_jax.runs.store import CONFIG, existing
@@ -44,7 +45,7 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
         return output
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
-        loop.restore(policy, store, before)
+        restore(policy, store, before)
     with files.staged(output) as here:
         hf.save_folder(here, policy.decoder.spec, policy.params, policy.tokenizer)
     return output

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +20,9 @@ from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.policy import Edit, Policy
+from seal_jax.rest_em.stage import Stage
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, Score, Task, TrainingSet
-
-if TYPE_CHECKING:
-    from seal_jax.rest_em.loop import Stage
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from seal_jax.parallel import processes
 from seal_jax.rest_em import given, loop
 from seal_jax.rest_em.measure import NONE, Clock, edit_record, record, trial
 from seal_jax.rest_em.policy import Edit
+from seal_jax.rest_em.stage import Stage, build
 from seal_jax.runs.store import RunStore
 from seal_jax.sweep import space as space_lib
 from seal_jax.sweep import table as table_lib
@@ -82,7 +83,7 @@ def run(sweep: Sweep) -> tuple[list[Record], list[str]]:
     base = dataclasses.replace(sweep.base, name=sweep.config.name, run_dir=str(sweep.folder / "lanes"))
     e = base.evaluate
     with loop.open_run(base) as store:
-        stage = loop.build(engine_config(base, lanes), ("validation",))
+        stage = build(engine_config(base, lanes), ("validation",))
         contexts = loop.take(stage.contexts["validation"], e.contexts, 0)
         found: dict[str, list[dict[str, Any]]] = {lane.name: [] for lane in lanes}
         seconds = dict.fromkeys(found, 0.0)
@@ -111,7 +112,7 @@ def run(sweep: Sweep) -> tuple[list[Record], list[str]]:
     return records, notes
 
 
-def _write_and_ask(stage: loop.Stage, contexts: Sequence[Context], what: str) -> dict[str, Any]:
+def _write_and_ask(stage: Stage, contexts: Sequence[Context], what: str) -> dict[str, Any]:
     """What all lanes share: the self-edits of each context, and what the bare policy answers."""
     policy, task, clock = stage.policy, stage.task, Clock()
     with clock("sample"):
@@ -127,7 +128,7 @@ def _write_and_ask(stage: loop.Stage, contexts: Sequence[Context], what: str) ->
 
 
 def _measured(
-    stage: loop.Stage, store: RunStore, lanes: Sequence[Lane], contexts: Sequence[Context], shared: dict[str, Any], number: int, what: str
+    stage: Stage, store: RunStore, lanes: Sequence[Lane], contexts: Sequence[Context], shared: dict[str, Any], number: int, what: str
 ) -> list[dict[str, Any]]:
     """The records of one group for each lane, in the form of `measure`; those that are not there yet are computed all at once."""
     units = {lane.name: f"settings/{lane.name}/{number:03d}" for lane in lanes}
@@ -143,7 +144,7 @@ def _measured(
 
 
 def _measure(
-    stage: loop.Stage, lanes: Sequence[Lane], contexts: Sequence[Context], shared: dict[str, Any], what: str
+    stage: Stage, lanes: Sequence[Lane], contexts: Sequence[Context], shared: dict[str, Any], what: str
 ) -> dict[str, dict[str, Any]]:
     """Fits the training sets of `contexts` under every lane's settings at once, asks and grades: by lane what `measure` would give."""
     policy, task, clock, seeds = stage.policy, stage.task, Clock(), stage.policy.config.evaluate.seeds

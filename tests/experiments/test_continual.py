@@ -9,6 +9,7 @@ from seal_jax import config
 from seal_jax.errors import SealError
 from seal_jax.experiments import continual
 from seal_jax.rest_em import loop
+from seal_jax.rest_em import stage as stage_lib
 from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint
 from seal_jax.runs.store import RunStore
@@ -90,7 +91,7 @@ def test_held_adapters_equal_merged_weights(finished, settings, quick_compile):
     """The answers of the sequential lane at the end, by its adapters merged into the weights one after the other."""
     store = RunStore(settings.run_dir)
     with quick_compile():
-        stage = loop.build(settings, ("validation",))
+        stage = stage_lib.build(settings, ("validation",))
         number = list(lanes(finished, 1)).index("sequential")
         for step in (0, 1):
             part, _ = checkpoint.load_adapters(store.folder / "adapters" / f"{step:03d}")

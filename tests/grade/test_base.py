@@ -1,7 +1,5 @@
 import pytest
 
-from seal_jax.config import GradeConfig
-from seal_jax.errors import SealError
 from seal_jax.grade import base
 
 
@@ -32,15 +30,3 @@ def test_prompt_strips_the_prediction_and_keeps_braces():
 def test_verdict_of(text, expected):
     assert base.verdict_of(text) is expected
     assert base.parse_yes_no(text) is (expected is True)
-
-
-def test_build(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert base.build(GradeConfig(threshold=0.9)).threshold == 0.9
-    assert base.build(GradeConfig(name="judge"), lambda prompts: []).name == "judge"
-    endpoint = base.build(GradeConfig(name="endpoint", base_url="http://127.0.0.1:9/v1", cache=str(tmp_path)))
-    assert (endpoint.name, endpoint.base_url) == ("endpoint", "http://127.0.0.1:9/v1")
-    with pytest.raises(SealError, match="judge"):
-        base.build(GradeConfig(name="judge"))
-    with pytest.raises(SealError, match="match, judge, endpoint"):
-        base.build(GradeConfig(name="oracle"))

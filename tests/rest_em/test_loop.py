@@ -9,6 +9,8 @@ from seal_jax import config as config_lib
 from seal_jax import tasks
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
+from seal_jax.rest_em import stage as stage_lib
+from seal_jax.rest_em.policy import Policy
 from seal_jax.runs import checkpoint
 from seal_jax.runs.events import read_events
 from seal_jax.runs.store import RunStore
@@ -29,7 +31,7 @@ def base(tiny_run):
 @pytest.fixture(scope="module")
 def stage(base):
     """Policy, task and contexts at the start of the run. Not for tests that change the policy."""
-    return loop.build(base, ("train", "validation"))
+    return stage_lib.build(base, ("train", "validation"))
 
 
 def with_config(stage, **sections):
@@ -44,7 +46,7 @@ def with_config(stage, **sections):
 
 
 def fresh(base):
-    return loop.build(base, ("train",))
+    return stage_lib.build(base, ("train",))
 
 
 def texts(records):
@@ -119,7 +121,7 @@ def test_a_round_that_keeps_nothing_leaves_the_policy_as_it_is(stage, base, tmp_
         assert store.read("rounds/1/m_step") == {"pairs": 0, "steps": 0, "losses": []}
         assert not (tmp_path / "run" / "policy").exists()
         assert loop.rounds_done(store) == 1
-        loop.restore(nobody.policy, store, 1)
+        stage_lib.restore(nobody.policy, store, 1)
         assert nobody.policy.params is params
 
 
@@ -128,7 +130,7 @@ def test_the_m_step_changes_the_policy_and_goes_on_from_its_checkpoint(tiny_run,
     folder = tmp_path / "run"
     start = fresh(base).policy
     weights = np.asarray(start.params["layers"]["attn"]["q_proj"]["kernel"])
-    loop.restore(start, RunStore(folder), 1)
+    stage_lib.restore(start, RunStore(folder), 1)
     after = np.asarray(start.params["layers"]["attn"]["q_proj"]["kernel"])
     assert np.abs(after - weights).max() > 1e-3
     done = RunStore(folder).read("rounds/1/m_step")
@@ -142,7 +144,7 @@ def test_the_m_step_changes_the_policy_and_goes_on_from_its_checkpoint(tiny_run,
         return np.asarray(here.policy.params["layers"]["attn"]["q_proj"]["kernel"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Policy, "tune", None)  # not called: the checkpoint is there
+        patch.setattr(Policy, "tune", None)  # not called: the checkpoint is there
         np.testing.assert_array_equal(again(), after)
     # Killed after the checkpoint, before the unit; and killed before the checkpoint was whole.
     (folder / "rounds/1/m_step.json").unlink()
@@ -165,26 +167,10 @@ def test_rounds_done_counts_from_the_first(tiny_run, tmp_path):
 def test_a_finished_run_computes_nothing_again(tiny_run, base, tmp_path, monkeypatch, units):
     shutil.copytree(tiny_run, tmp_path / "run")
     monkeypatch.setattr(loop, "measure", None)
-    monkeypatch.setattr(loop.Policy, "tune", None)
+    monkeypatch.setattr(Policy, "tune", None)
     again = dataclasses.replace(base, run_dir=str(tmp_path / "run"))
     assert loop.train(again) == json.loads((tiny_run / "table.json").read_text())
     assert units(tmp_path / "run") == units(tiny_run)
-
-
-def test_contexts_with_prompts_too_long_are_skipped_and_counted(stage, caplog):
-    first, second = stage.contexts["train"][:2]
-    long = dataclasses.replace(first, id="long", payload={**first.payload, "context": "salt " * 300})
-    asked = dataclasses.replace(second, payload={**second.payload, "questions": [{"question": "who " * 300, "answer": "x"}]})
-    contexts = [long, *stage.contexts["train"], asked]
-    assert loop.usable(stage.policy, stage.task, contexts, "train") == stage.contexts["train"]
-    (message,) = caplog.messages
-    assert message == "task.train: 2 of 6 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens"
-    assert caplog.records[0].skipped[0]["count"] == 2
-    with pytest.raises(
-        SealError, match=r"task.train: no usable context: all 2 have a prompt that leaves no room .* raise model.max_length"
-    ):
-        loop.usable(stage.policy, stage.task, [long, asked], "train")
-    assert len(caplog.messages) == 1
 
 
 def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, tmp_path, units):
@@ -235,14 +221,6 @@ def test_the_base_is_evaluated_in_the_runs_own_folder_and_train_goes_on_from_the
     monkeypatch.setattr(loop, "measure", None)
     assert loop.train(config) == units(tmp_path / "run")["table"] == units(tiny_run)["table"]
     assert loop.evaluate_only(config) == units(tiny_run)["table"], "which `evaluate` then shows"
-
-
-def test_a_judge_that_is_not_there_is_named(base, tmp_path):
-    config = dataclasses.replace(base, grade=dataclasses.replace(base.grade, name="judge", model=str(tmp_path / "nothing")))
-    from seal_jax.grade.base import GradeItem
-
-    with pytest.raises(SealError, match=r"grade.model, the judge: .*nothing"):
-        loop.grader(config).grade([GradeItem("t", "q", "gold", "answer")])
 
 
 COLOURS = """

@@ -10,6 +10,7 @@ import pytest
 from seal_jax import cli
 from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
+from seal_jax.rest_em import stage as stage_lib
 from seal_jax.rest_em.policy import Adapted, Policy
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import lanes as lanes_lib
@@ -108,7 +109,7 @@ def test_lanes_of_an_edit_that_chooses_for_itself(write_sweep):
     context = task.contexts("validation")[0]
     shared = {"contexts": [{"id": context.id, "edits": ['{"epochs": 5}\nIt sells tin.', "It sells tin."], "bare": {}}]}
     with pytest.raises(Stop):
-        lanes_lib._measure(loop.Stage(Recorder(), task, {}), [lane], [context], shared, "")
+        lanes_lib._measure(stage_lib.Stage(Recorder(), task, {}), [lane], [context], shared, "")
     assert [dict(e.training.fit) for e in fitted] == [
         {"max_grad_norm": 0.5},
         {"max_grad_norm": 0.5, "epochs": 5},

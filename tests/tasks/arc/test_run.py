@@ -7,6 +7,7 @@ import pytest
 
 from seal_jax import config as config_lib
 from seal_jax.rest_em import loop
+from seal_jax.rest_em import stage as stage_lib
 from seal_jax.runs.report import write_report
 from seal_jax.tasks.arc import edit as edit_lib
 from seal_jax.tasks.arc.edit import Bounds
@@ -107,7 +108,7 @@ def test_a_resumed_run_equals_an_unbroken_one(config, run, units, tmp_path):
 def test_an_invalid_edit_earns_nothing_and_says_why(config, tmp_path):
     """Free-form, a random model writes no JSON."""
     free = config_lib.load(f"{config.run_dir}/config.yaml", ["sample.constrained=false", "sample.max_tokens=8", f"run_dir={tmp_path}/run"])
-    stage = loop.build(free, ("train",))
+    stage = stage_lib.build(free, ("train",))
     with loop.open_run(free) as store:
         (record, _) = loop.e_step(stage, store, 1)
     for edit in record["edits"]:

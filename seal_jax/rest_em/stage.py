@@ -1,0 +1,111 @@
+"""Who acts on what in a run: the policy, the task and its contexts, made as a configuration asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from seal_jax import config as config_lib
+from seal_jax import grade, tasks
+from seal_jax.config import RunConfig
+from seal_jax.errors import SealError
+from seal_jax.grade.base import GradeItem, Grader
+from seal_jax.models import load
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.parallel import processes
+from seal_jax.progress import bar
+from seal_jax.rest_em import given
+from seal_jax.rest_em.policy import Policy
+from seal_jax.runs.store import CONFIG, RunStore
+from seal_jax.tasks.base import Context, Prompt, Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Who acts on what: the policy, the task, and the usable contexts by split."""
+
+    policy: Policy
+    task: Task
+    contexts: dict[str, list[Context]]
+
+
+def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0, edits: str | None = None) -> Stage:
+    """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
+
+    The task comes first: what it finds wrong shows before a model is loaded. `edits` is the config key that says how many self-edits a
+    context gets ("": always one), where it is not that of the split's usual purpose.
+    """
+    task = tasks.build(config.task, grader(config))
+    contexts = {split: task.contexts(split) for split in splits}
+    given.check(config, task, contexts, edits)
+    if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
+        raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
+    policy = load_policy(config)
+    for number in range(1, after + 1):
+        assert trained is not None
+        restore(policy, trained, number)
+    return Stage(policy, task, {split: usable(policy, task, found, split) for split, found in contexts.items()})
+
+
+def load_policy(config: RunConfig) -> Policy:
+    """The configured model, on the configured mesh."""
+    mesh = mesh_lib.make(config.mesh)
+    return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh)), config, mesh)
+
+
+def restore(policy: Policy, store: RunStore, number: int) -> None:
+    """Merges the adapter of round `number` into the policy, if that round kept anything to learn from."""
+    if store.read(f"rounds/{number}/m_step")["pairs"]:
+        lora, metadata = store.load(f"policy/{number}")
+        policy.merge(lora, metadata["alpha"] / metadata["rank"])
+
+
+def usable(policy: Policy, task: Task, contexts: Sequence[Context], split: str) -> list[Context]:
+    """The contexts whose prompts all fit the model's context. The others are counted in a warning, which a run's log keeps."""
+    fitting = []
+    with bar(f"reading the {split} contexts", len(contexts), "context") as progress:
+        for context in contexts:
+            if all(policy.prompt_fits(prompt) for prompt in (task.edit_prompt(context), *task.probes(context))):
+                fitting.append(context)
+            progress.update()
+    reason = f"prompt that leaves no room for an answer within {policy.max_length} tokens"
+    if not fitting:
+        raise SealError(f"task.{split}: no usable context: all {len(contexts)} have a {reason}; raise model.max_length if the model allows")
+    if count := len(contexts) - len(fitting):
+        skipped = [{"source": f"task.{split}", "reason": f"context with a {reason}", "count": count}]
+        log.warning("task.%s: %d of %d contexts skipped: each has a %s", split, count, len(contexts), reason, extra={"skipped": skipped})
+    return fitting
+
+
+def grader(config: RunConfig) -> Grader:
+    """The grader that the config names. A judging model is loaded at its first call; it is not the policy, which changes as it learns."""
+    judge: list[Policy] = []
+
+    def generate(prompts: Sequence[Prompt]) -> list[str]:
+        if not judge:
+            settings = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, name=config.grade.model),
+                answer=dataclasses.replace(config.answer, max_tokens=8),
+            )
+            try:
+                judge.append(load_policy(settings))
+            except SealError as error:
+                raise SealError(f"grade.model, the judge: {error}") from None
+        return judge[0].answer([prompts], what="judging")[0]
+
+    found = grade.build(config.grade, generate)
+    return _AskedOnce(found) if config.grade.name == "endpoint" else found
+
+
+class _AskedOnce:
+    """A grader that the first process alone calls, for all: a server's replies are paid for, and may differ from one call to the next."""
+
+    def __init__(self, grader: Grader):
+        self.name, self._grader = grader.name, grader
+
+    def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
+        return processes.share(self._grader.grade(items) if processes.first() else None)

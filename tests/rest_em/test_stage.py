@@ -1,0 +1,36 @@
+import dataclasses
+
+import pytest
+
+from seal_jax import config as config_lib
+from seal_jax.errors import SealError
+from seal_jax.grade.base import GradeItem
+from seal_jax.rest_em import stage as stage_lib
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run):
+    return config_lib.load(tiny_run / "config.yaml")
+
+
+def test_contexts_with_prompts_too_long_are_skipped_and_counted(base, caplog):
+    stage = stage_lib.build(base, ("train",))
+    first, second = stage.contexts["train"][:2]
+    long = dataclasses.replace(first, id="long", payload={**first.payload, "context": "salt " * 300})
+    asked = dataclasses.replace(second, payload={**second.payload, "questions": [{"question": "who " * 300, "answer": "x"}]})
+    contexts = [long, *stage.contexts["train"], asked]
+    assert stage_lib.usable(stage.policy, stage.task, contexts, "train") == stage.contexts["train"]
+    (message,) = caplog.messages
+    assert message == "task.train: 2 of 6 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens"
+    assert caplog.records[0].skipped[0]["count"] == 2
+    with pytest.raises(
+        SealError, match=r"task.train: no usable context: all 2 have a prompt that leaves no room .* raise model.max_length"
+    ):
+        stage_lib.usable(stage.policy, stage.task, [long, asked], "train")
+    assert len(caplog.messages) == 1
+
+
+def test_a_judge_that_is_not_there_is_named(base, tmp_path):
+    config = dataclasses.replace(base, grade=dataclasses.replace(base.grade, name="judge", model=str(tmp_path / "nothing")))
+    with pytest.raises(SealError, match=r"grade.model, the judge: .*nothing"):
+        stage_lib.grader(config).grade([GradeItem("t", "q", "gold", "answer")])
