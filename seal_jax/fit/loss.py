@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+from seal_jax.parallel import mesh as mesh_lib
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
@@ -64,6 +66,8 @@ def _merged(chunk: int) -> Any:
 
 def _positions(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
     """Per position, weight x nll [T] float32 and its gradient with respect to the hidden state [T, D]."""
+    # XLA's partitioner for TPUs aborts on gathers from rows that are dealt out, of edits on several shards (seen with libtpu 0.0.52).
+    hidden, targets, weights = mesh_lib.gathered((hidden, targets, weights))
     count = hidden.shape[0]
     size = min(chunk, count)
     labelled = weights != 0

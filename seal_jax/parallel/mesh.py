@@ -188,3 +188,11 @@ def deal_rows(tree: Any, mesh: Mesh) -> Any:
         return tree
     here = NamedSharding(jax.sharding.get_abstract_mesh(), P("fsdp"))
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, here) if x.ndim and not x.shape[0] % size else x, tree)
+
+
+def gathered(tree: Any) -> Any:
+    """Inside `over_edits`: what `deal_rows` dealt out, whole on every device of the shard again."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))

@@ -220,6 +220,17 @@ def test_kernels_lie_as_the_chip_reads_them(settings, shared):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(("name", "slots"), [("v5p:2x2x2", 4), ("v5e:4x4", 3)])
+def test_a_fit_shared_over_two_axes_and_of_several_shards_compiles(settings, name, slots):
+    """XLA's partitioner aborted, and the process with it."""
+    target = targets.named(name)
+    settings = dataclasses.replace(settings, mesh=config_lib.MeshConfig(fsdp=2, tensor=2))
+    mesh = mesh_lib.make(settings.mesh, target.devices)
+    programs = topology.Programs(settings, from_hf(SPEC), mesh, topology.Workload())
+    assert topology.build(programs.fit(slots), mesh).work is not None and mesh.shape["edit"] > 1
+
+
+@needs_libtpu
 def test_a_model_that_is_too_large_does_not_fit(settings):
     """What the compiler refuses is an answer, not a failure."""
     target = targets.named("v5e:2x2")
