@@ -202,8 +202,7 @@ B memory bandwidth, I interconnect.
 
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
 adapters; `model.remat=full` and steps of 512 tokens, which take less memory than the config's `auto` and 4,096, for the 70B and for v5e
-(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 do not fit and XLA's partitioner aborts on 4 (as many rows as
-fsdp; jaxlib 0.10.2).
+(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 did not fit.
 
 {models}
 

@@ -193,6 +193,6 @@ def deal_rows(tree: Any, mesh: Mesh) -> Any:
 def gathered(tree: Any) -> Any:
     """Inside `over_edits`: what `deal_rows` dealt out, whole on every device of the shard again."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.shape.get("fsdp", 1) == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
