@@ -32,7 +32,7 @@ from seal_jax.parallel import collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel.targets import Target
 from seal_jax.sample import decode
-from seal_jax.sample.engine import ROOM, SHORT
+from seal_jax.sample.engine import ROOM
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
 
@@ -213,12 +213,11 @@ class Programs:
         rows = self._rows(1, s.rows, -(-(prompt + tokens) // ROOM) * ROOM, 1 << (tokens - 1).bit_length())
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         caches = cost.shard_bytes(rows.cache)
-        before = caches / 4 if rows.cache.v.shape[-2] >= 2 * SHORT else 0.0  # while it grows: keys, or values, of half the length
         return Case(
             "write",
             f"a token of {s.rows} self-edits, {rows.cache.v.shape[-2]} positions",
             lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, None, rows, steps),
-            {"weights": self.weights, "caches": caches + before},
+            {"weights": self.weights, "caches": caches},  # while it grows a quarter of them more, and nothing else
             self.weights + caches,
             0,
             self._read() + caches,  # of every position that a row may have, used or not
