@@ -116,10 +116,17 @@ def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: 
 
 
 def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
-    """Bytes a device of a fit step of `length` tokens with `slots` slots a shard; inf where the compiler refuses it for want of memory.
+    """Bytes a device of fit steps of up to `length` tokens with `slots` slots a shard; inf where the compiler refuses for want of memory.
 
     `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings. Raises `SealError` where the backend does not tell.
     """
+    tokens = {each: each * engine.most_rows(each, slots) for each in engine.lengths if each < length}
+    tokens[length] = length * engine.most_rows(length, slots)
+    fullest = max(tokens, key=lambda each: (tokens[each], each))  # few long rows may be fewer tokens than many short ones
+    return max(_step_bytes(engine, params, each, slots) for each in {length, fullest})
+
+
+def _step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
     try:
         found = of_program(engine.lower(params, length, engine.most_rows(length, slots), slots).compile())
     except jax.errors.JaxRuntimeError as error:

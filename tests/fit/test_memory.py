@@ -96,6 +96,18 @@ def test_a_slot_takes_an_adapter_and_its_moments(fit):
     assert 3 * memory.adapter_bytes(engine) <= per_slot <= 3.5 * memory.adapter_bytes(engine)
 
 
+def test_many_short_rows_may_take_more_than_one_long_one(fit, monkeypatch):
+    """Of steps of at most 64 tokens: one row of 48, two of 32."""
+    engine, params = fit
+    asked, real = [], memory._step_bytes
+    monkeypatch.setattr(memory, "_step_bytes", lambda *args: asked.append((args[2], real(*args))) or asked[-1][1])
+    found = memory.step_bytes(engine, params, 48, 8)
+    assert {length for length, _ in asked} == {48, 32} and found == max(used for _, used in asked)
+    asked.clear()
+    memory.step_bytes(engine, params, 64, 8)
+    assert [length for length, _ in asked] == [64]
+
+
 def test_slots_that_fit_keep_within_the_limit(fit, monkeypatch):
     engine, params = fit
     assert memory.slots_that_fit(engine, params, 16, 2) == 2, "no more slots than edits; compiled, against this machine's memory"
