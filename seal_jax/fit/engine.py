@@ -76,7 +76,9 @@ def _step(
     """`step` on every shard. The report is the same everywhere: every process reads all of it."""
 
     def one(params: Any, held: Any, state: step_lib.FitState, batch: step_lib.Batch) -> Any:
-        return step_lib.step(decoder, chunk, params, state, mesh_lib.deal_rows(batch, mesh), held, penalised)
+        if mesh_lib.dealt(batch.inputs.size, decoder.spec.hidden_size):
+            batch = mesh_lib.deal_rows(batch, mesh)
+        return step_lib.step(decoder, chunk, params, state, batch, held, penalised)
 
     state, report = mesh_lib.over_edits(one, mesh, (EVERYWHERE, EDITS, EDITS, EDITS))(params, held, state, batch)
     return _placed(state, mesh), jax.lax.with_sharding_constraint(report, mesh_lib.everywhere(mesh))
@@ -219,7 +221,6 @@ class FitEngine:
         self.rank, self.targets = lora.rank, tuple(lora.targets)
         self.slots, self.tokens_per_step, self.lengths = slots, tokens_per_step, tuple(lengths)
         self.batch_size = batch_size
-        self.shared = self.mesh.shape["fsdp"]  # devices that the rows of a step are dealt out over, within a shard
 
     def fit(
         self, params: Any, jobs: Sequence[FitJob], *, seed: int = 0, held: Any = None, progress: Callable[..., None] | None = None
@@ -243,6 +244,10 @@ class FitEngine:
         shapes = adapter_shapes(self.decoder.spec, self.rank, self.targets)
         state = jax.eval_shape(lambda: step_lib.empty_state(shapes, mesh_lib.shards(self.mesh) * slots))
         return jax.tree.map(_abstract, state, state_shardings(self.mesh, shapes, state))
+
+    def shared(self, tokens: int) -> int:
+        """The devices of a shard that the rows of a step of so many tokens are dealt out over."""
+        return self.mesh.shape["fsdp"] if mesh_lib.dealt(tokens, self.decoder.spec.hidden_size) else 1
 
     def most_rows(self, length: int, slots: int) -> int:
         """The rows, a shard, of the largest step of `length` tokens with `slots` slots a shard."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -67,14 +67,23 @@ class Retire:
     slots: tuple[int, ...]
 
 
-def row_choices(length: int, batch_size: int, tokens_per_step: int, slots: int, shared: int = 1) -> tuple[int, ...]:
+def alone(tokens: int) -> int:
+    """No other device of the shard shares the rows of a step."""
+    return 1
+
+
+def row_choices(length: int, batch_size: int, tokens_per_step: int, slots: int, shared: Callable[[int], int] = alone) -> tuple[int, ...]:
     """The numbers of rows that a step of `length` may have: as many as fill `tokens_per_step`, and a quarter and a sixteenth of it.
 
-    Few, because each is a compilation; more than one, because a step whose rows are mostly idle is waste. `shared`: devices that a shard's
-    rows are dealt out over, so that each gets as many as the others.
+    Few, because each is a compilation; more than one, because a step whose rows are mostly idle is waste. `shared`: of the
+    tokens of a step, the devices that its rows are dealt out over, so that each gets as many as the others.
     """
     full = max(1, min(slots, tokens_per_step // (length * batch_size)))
-    return tuple(sorted({-(-rows // shared) * shared for rows in (full, max(1, full // 4), max(1, full // 16))}))
+    found = set()
+    for rows in (full, max(1, full // 4), max(1, full // 16)):
+        devices = shared(rows * length * batch_size)
+        found.add(-(-rows // devices) * devices)
+    return tuple(sorted(found))
 
 
 def deal(costs: Sequence[float], shards: int) -> list[int]:
@@ -91,7 +100,7 @@ class Schedule:
 
     `lengths[e][s]` is the padded length of edit e's optimiser step s. Each of `shards` devices (or groups of devices) holds `slots` edits
     at once, those that `shard_of` deals to it; slot numbers count on from shard to shard. A step has one length and one number of rows on
-    all shards (a multiple of `shared`), and each fills its rows with edits of its own.
+    all shards, as `row_choices` says, and each fills its rows with edits of its own.
 
     Deterministic. Each edit's steps come once and in order; a slot holds one edit at a time. An edit without steps is admitted and
     retired. Chosen greedily: the step that trains the most tokens for its cost, where the cost of a step is its token slots and a
@@ -106,7 +115,7 @@ class Schedule:
         tokens_per_step: int,
         shard_of: Sequence[int] | None = None,
         shards: int = 1,
-        shared: int = 1,
+        shared: Callable[[int], int] = alone,
     ):
         self._lengths, self._slots, self._batch_size, self._tokens_per_step = lengths, slots, batch_size, tokens_per_step
         self._shared = shared

@@ -133,8 +133,10 @@ def test_the_share_of_padding():
 def test_rows_that_several_devices_share_are_as_many_for_each(shared):
     for length, slots in itertools.product((16, 48, 512), (1, 3, 7, 64)):
         alone = plan.row_choices(length, 1, 512, slots)
-        found = plan.row_choices(length, 1, 512, slots, shared)
+        found = plan.row_choices(length, 1, 512, slots, lambda tokens: shared)
         assert all(rows % shared == 0 for rows in found) and 0 <= found[-1] - alone[-1] < shared
-    actions = list(plan.Schedule([[16] * 3, [32] * 2, [16]], 2, 1, 64, shared=shared))
+    actions = list(plan.Schedule([[16] * 3, [32] * 2, [16]], 2, 1, 64, shared=lambda tokens: shared))
     steps = [a for a in actions if isinstance(a, plan.Step)]
     assert sorted(e for s in steps for e in s.edits) == [0, 0, 0, 1, 1, 2] and all(s.rows % shared == 0 for s in steps)
+    many = lambda tokens: shared if tokens >= 240 else 1  # noqa: E731
+    assert plan.row_choices(48, 1, 512, 5, many) == (1, -(-5 // shared) * shared), "rows of few tokens are not dealt out"
