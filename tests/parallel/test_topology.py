@@ -186,8 +186,12 @@ def test_what_fits_recompute_follows_from_the_memory(settings):
 
 
 @needs_libtpu
-def test_a_plan_for_a_tpu(planned):
-    code, out, err = planned("--topology", "v5e:2x2", "--json", "mesh.fsdp=2", "model.dtype=bfloat16")
+@pytest.mark.parametrize(("rows", "length"), [(3, 48), (4, 96)])
+def test_a_plan_for_a_tpu(planned, rows, length):
+    """Three edits a shard, which has two devices. Of the longer sequences each gets two rows, one of which is idle; the rows of the
+    shorter, of few tokens, are not dealt out."""
+    longer = (f"fit.lengths=[{length}]", f"fit.tokens_per_step={4 * length}")
+    code, out, err = planned("--topology", "v5e:2x2", "--json", "mesh.fsdp=2", "model.dtype=bfloat16", *longer)
     assert code == 0, err
     found = json.loads(out)
     check(found, 4)
@@ -195,13 +199,12 @@ def test_a_plan_for_a_tpu(planned):
     assert found["edit"]["per_hour"] == pytest.approx(3600 / found["edit"]["seconds"])
     spec, lora = from_hf(SPEC), config_lib.LoraConfig(8, 64.0, ["q_proj", "v_proj"])
     fit = found["programs"][0]
-    assert fit["shape"] == "3 slots, steps of 4 x 1 x 48 tokens"
+    assert fit["shape"] == f"3 slots, steps of {rows} x 1 x {length} tokens"
     assert all(p["sent_bytes"]["fsdp"] > 1e5 for p in found["programs"]), "what the replica's two devices tell each other"
     crossing = {p["name"]: sum(size for axes, size in p["sent_bytes"].items() if "edit" in axes) for p in found["programs"]}
     gradients = found["programs"][3]["bytes"]["adapters"] / 3
     assert crossing.pop("M-step") >= gradients / 2 and max(crossing.values()) < 4096, "of edits, nothing but a step's report"
-    # Three edits a shard, and an idle row so that each of its two devices gets two.
-    by_hand = cost.fit_flops(spec, lora, 4 * 48, 48, 4 * 48) / 2
+    by_hand = cost.fit_flops(spec, lora, rows * length, length, rows * length) / 2
     assert 0.9 * by_hand < fit["flops"] < 1.1 * by_hand
 
 
