@@ -201,8 +201,8 @@ B memory bandwidth, I interconnect.
 {replicas}
 
 `sample.rows=16` where 32 self-edits of up to 8192 tokens leave no room; `rest_em.group` so that a replica of the 70B holds 15 or 30
-adapters; `model.remat=full` and steps of 512 tokens, which take less memory than the config's `auto` and 4,096, for the 70B and for v5e
-(there `auto` was not compiled); `fit.slots=5` for the 70B on v5e, where 7 did not fit.
+adapters; `model.remat=full` and steps of 512 tokens for v5e, where that leaves room for more slots, and for the 70B, for which the config's
+`auto` and 4,096 were not compiled; `fit.slots=5` for the 70B on v5e, where 7 did not fit.
 
 {models}
 
