@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from seal_jax.models.spec import DecoderSpec
 
@@ -31,6 +32,7 @@ REMAT = {
 
 QUERIES = 512  # tokens of a long row that attend at once: the square of all with all is never in memory, forward or backward
 PACKED = jnp.uint16  # see `packed`
+LANES = 128  # of a TPU: the length of an axis of a cache should be a multiple of them
 HIDDEN = float(np.finfo(np.float32).min)  # the logit of a key that is not seen
 
 
@@ -61,13 +63,43 @@ def filled(entries: Entries) -> Cache:
 
 
 def written(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
-    """`cache` [N, E, B, ...] with the `entries` [N, E, B, 1, G, h] of one token a row, at `positions` [E, B]; past its end, none."""
+    """`cache` [N, E, B, ...] with the `entries` [N, E, B, 1, G, h] of one token a row, at `positions` [E, B].
+
+    A position past the cache's end is that of a row that is done, whose entries no one reads: none is written, or its last one.
+    """
+    return jax.lax.platform_dependent(cache, entries, positions, tpu=_written_by_rows, default=_written_at_once)
+
+
+def _written_at_once(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
     e, b = jnp.indices(positions.shape)
+    once: dict[str, Any] = {"mode": "drop", "unique_indices": True}
     last = lambda x: jnp.moveaxis(x[:, :, :, 0], 0, 2)  # noqa: E731, [E, B, N, G, h]: what is indexed comes first
     return Cache(
-        cache.k.at[:, e, b, :, :, positions].set(last(entries.k).astype(cache.k.dtype), mode="drop"),
-        cache.v.at[:, e, b, :, positions].set(last(entries.v).astype(cache.v.dtype), mode="drop"),
+        cache.k.at[:, e, b, :, :, positions].set(last(entries.k).astype(cache.k.dtype), **once),
+        cache.v.at[:, e, b, :, positions].set(last(entries.v).astype(cache.v.dtype), **once),
     )
+
+
+def _written_by_rows(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
+    """Row by row. For one scatter of them all XLA for TPUs lays the whole cache out anew, and back, and then copies each layer's part out
+    of it before it can read that: of 14 GiB of caches it held two, and moved each token three times what it read.
+    """
+
+    def one(i: jax.Array, cache: Cache) -> Cache:
+        e, b = i // positions.shape[1], i % positions.shape[1]
+        own = lambda x, c: jax.lax.dynamic_slice(x, (0, e, b, 0, 0, 0), (x.shape[0], 1, 1, *x.shape[3:])).astype(c.dtype)  # noqa: E731
+        k, v = own(entries.k, cache.k).transpose(0, 1, 2, 4, 5, 3), own(entries.v, cache.v).swapaxes(3, 4)
+        k = jax.lax.dynamic_update_slice(cache.k, k, (0, e, b, 0, 0, positions[e, b]))
+        v = jax.lax.dynamic_update_slice(cache.v, v, (0, e, b, 0, positions[e, b], 0))
+        return jax.tree.map(_as_it_lies, Cache(k, v))
+
+    return jax.lax.fori_loop(0, positions.size, one, jax.tree.map(_as_it_lies, cache))
+
+
+def _as_it_lies(x: jax.Array) -> jax.Array:
+    """Keys or values of a cache, kept to the layout that a TPU gives them: of the last two axes, the one that fills its lanes last."""
+    order = tuple(range(x.ndim))
+    return with_layout_constraint(x, Layout(order if x.shape[-1] % LANES == 0 else (*order[:-2], order[-1], order[-2])))
 
 
 def rope_frequencies(spec: DecoderSpec) -> np.ndarray:

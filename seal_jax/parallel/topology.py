@@ -32,7 +32,7 @@ from seal_jax.parallel import collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel.targets import Target
 from seal_jax.sample import decode
-from seal_jax.sample.engine import ROOM
+from seal_jax.sample.engine import cache_length
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
 
@@ -145,11 +145,11 @@ class Programs:
         each = min(a.rows, math.ceil(self.workload.questions))
         adapters = min(max(1, a.rows // each), self.edits)
         length = plan.padded_length(self.workload.question)
-        room = -(-(self.workload.question + a.max_tokens) // ROOM) * ROOM
+        room = cache_length(self.workload.question, self.workload.question + a.max_tokens)
         out = 1 << (a.max_tokens - 1).bit_length()
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, self.decoder.dtype, sharding=x.sharding)  # noqa: E731
         lora = jax.tree.map(abstract, self.fit_engine.abstract_state(adapters).lora)
-        return adapters, each, length, lora, self._rows(adapters, each, max(room, length), out)
+        return adapters, each, length, lora, self._rows(adapters, each, room, out)
 
     def _rows(self, adapters: int, each: int, positions: int, out: int) -> decode.Rows:
         """The abstract state of `each` sequences of `adapters` adapters a shard."""
@@ -210,7 +210,7 @@ class Programs:
         """The decoding of self-edits by the bare model, with caches grown to the longest that the config allows."""
         s, prompt = self.config.sample, self.workload.prompt
         tokens = min(s.max_tokens, self.config.model.max_length - prompt)
-        rows = self._rows(1, s.rows, -(-(prompt + tokens) // ROOM) * ROOM, 1 << (tokens - 1).bit_length())
+        rows = self._rows(1, s.rows, cache_length(prompt, prompt + tokens), 1 << (tokens - 1).bit_length())
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         caches = cost.shard_bytes(rows.cache)
         return Case(

@@ -18,14 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seal_jax.fit.plan import deal, padded_length
-from seal_jax.models.decoder import Cache, Decoder, packed
+from seal_jax.models.decoder import LANES, Cache, Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode as device
 from seal_jax.sample.constraint import Constraint, guide
 from seal_jax.sample.logits import Guide, Sampling
 
 LOOK = 16  # tokens between the host's looks at who is done
-ROOM = 64  # a cache's length is a multiple of this
 SHORT = 512  # positions that a cache has before it grows, to twice as many each time; longer prompts apart
 FEW = 8  # requests that start together in a program for few; for more there is one for as many as there are rows
 
@@ -150,6 +149,11 @@ def _guide(requests: Sequence[Request], stop: Sequence[int], vocab_size: int, me
     return mesh_lib.put(tables, mesh_lib.everywhere(mesh)), starts
 
 
+def cache_length(prompt: int, tokens: int) -> int:
+    """The length of a cache for sequences of so many `tokens` at most, `prompt` tokens of prompt among them."""
+    return -(-max(padded_length(prompt), tokens) // LANES) * LANES
+
+
 def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
@@ -184,7 +188,7 @@ class _Pool:
         self.ready: dict[tuple[int, tuple[int, ...]], tuple[device.Prefix, int]] = {}
         everyone = [requests[i] for queue in queues for i in queue]
         room = max(len(r.prompt) + r.max_tokens for r in everyone)
-        self.most = max(padded_length(max(len(r.prompt) for r in everyone)), -(-room // ROOM) * ROOM)  # positions that a row may need
+        self.most = cache_length(max(len(r.prompt) for r in everyone), room)  # positions that a row may need
         self.length: dict[tuple[int, int], int] = {}  # (adapter, row) -> tokens of its sequence, drawn ones included
         out = _power_of_two(max(r.max_tokens for r in everyone))
         self.rows = device.empty(model.decoder, model.mesh, self.size, each, self._room(0), out)

@@ -10,7 +10,7 @@ import pytest
 from seal_jax.errors import SealError
 from seal_jax.models import decoder, embedded
 from seal_jax.models import lora as lora_lib
-from seal_jax.models.decoder import Cache, Decoder, empty_cache, filled, head, logits, rope_frequencies, written
+from seal_jax.models.decoder import Cache, Decoder, Entries, empty_cache, filled, head, logits, rope_frequencies, written
 from seal_jax.models.gguf import read_gguf
 from seal_jax.models.spec import from_hf, to_hf
 from seal_jax.models.tree import get, leaves
@@ -38,6 +38,19 @@ def step(decoder, params, tokens, positions, cache):
     hidden, entries = decoder.apply({"params": params}, tokens[:, None], positions[:, None], cache)
     alone = lambda tree: jax.tree.map(lambda x: x[:, None], tree)  # noqa: E731, as of one adapter
     return logits(params, hidden)[:, 0], jax.tree.map(lambda x: x[:, 0], written(alone(cache), alone(entries), positions[None]))
+
+
+def test_entries_are_written_alike_at_once_and_row_by_row():
+    """Row by row is for TPUs (`decoder.written`); it must be the same thing."""
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
+    cache = Cache(draw(0, 3, 2, 4, 2, 8, 128), draw(1, 3, 2, 4, 2, 128, 8))
+    entries = Entries(draw(2, 3, 2, 4, 1, 2, 8), draw(3, 3, 2, 4, 1, 2, 8))
+    positions = jnp.asarray([[0, 5, 127, 5], [17, 1, 2, 126]])
+    at_once, by_rows = jax.jit(decoder._written_at_once), jax.jit(decoder._written_by_rows)
+    want, found = at_once(cache, entries, positions), by_rows(cache, entries, positions)
+    np.testing.assert_array_equal(found.k, want.k)
+    np.testing.assert_array_equal(found.v, want.v)
+    assert np.count_nonzero(np.asarray(found.v) != np.asarray(cache.v)) == entries.v.size
 
 
 def sequences(spec, lengths=LENGTHS, extra=STEPS, seed=0):

@@ -234,6 +234,19 @@ def test_a_fit_shared_over_two_axes_and_of_several_shards_compiles(settings, nam
 
 
 @needs_libtpu
+@pytest.mark.parametrize(("width", "shared"), [(128, {}), (64, {}), (128, {"tensor": 2})])
+def test_caches_are_decoded_where_they_lie(settings, width, shared):
+    """A second copy of them would be in the temporaries, and a copy of each layer's part would be a thing of its own in the program."""
+    settings = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, **shared))
+    mesh = mesh_lib.make(settings.mesh, targets.named("v5e:2x2").devices)
+    spec = dataclasses.replace(from_hf(SPEC), head_dim=width)
+    case = topology.Programs(settings, spec, mesh, topology.Workload()).write()
+    program = topology.build(case, mesh)
+    assert case.kinds["caches"] > 2**25
+    assert program.bytes["temporaries"] < case.kinds["caches"] / spec.num_layers
+
+
+@needs_libtpu
 def test_a_model_that_is_too_large_does_not_fit(settings):
     """What the compiler refuses is an answer, not a failure."""
     target = targets.named("v5e:2x2")
