@@ -1,7 +1,7 @@
 """How many edits fit into a device's memory, asked of the compiler: nothing is allocated to find out.
 
-A fit step's memory grows linearly with its slots (adapters, moments, and the results that they become), so that two compilations tell how
-much a slot takes, and a third confirms what follows from it.
+A fit step's memory grows about linearly with its slots (adapters and moments), so that what fits can be reckoned, and a compilation or
+two confirm it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from seal_jax.errors import SealError
 from seal_jax.fit.engine import FitEngine
+from seal_jax.parallel import compiler
 from seal_jax.parallel.cost import shard_bytes
 
 SHARE = 0.9  # of a device's memory that programs may take; the rest is the runtime's, and lost between buffers
@@ -64,39 +66,11 @@ def refused_bytes(error: Exception) -> float | None:
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else math.inf
 
 
-def most_within(bytes_of: Callable[[int], float], limit: float, first: int, most: int) -> Fits | None:
-    """The largest K in [1, most] for which `bytes_of(K)`, linear in K from `first` on, is at most `limit`. None: not even 1 fits.
-
-    `bytes_of` is dear (it compiles): it is asked at `first` and twice that, then at the K that a straight line through the two points
-    predicts, and again where the line was wrong. Below `first` the range is halved. What is returned has been asked for.
-    """
-    known: dict[int, float] = {}
-
-    def ask(k: int) -> float:
-        if k not in known:
-            known[k] = bytes_of(k)
-        return known[k]
-
-    first = max(1, min(first, most))
-    good, bad = (first, most + 1) if ask(first) <= limit else (0, first)
-    other = min(2 * first, most) if good else first // 2
-    while good < other < bad and len(known) < TRIES:
-        if ask(other) <= limit:
-            good = other
-        else:
-            bad = other
-        if good < first or not math.isfinite(known[other]):
-            other = (good + bad) // 2
-        else:
-            slope = (known[other] - known[first]) / (other - first)
-            other = min(bad - 1, most if slope <= 0 else first + math.floor((limit - known[first]) / slope))
-    return Fits(good, int(known[good])) if good else None
-
-
 def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: float) -> Fits | None:
-    """As `most_within`, where what one more slot takes can be guessed: `slope` bytes.
+    """The largest K in [1, most] for which `bytes_of(K)`, about linear in K, is at most `limit`. None: not even 1 fits.
 
-    `most` is asked first, which is often enough, then what follows from the guess, then from a line through the last two points.
+    `bytes_of` is dear (it compiles): `most` is asked first, which is often enough, then what follows from `slope`, a guess of what one
+    more takes, then from a line through the last two points. What is returned has been asked for.
     """
     good, bad, k, before, asked = Fits(0, 0), most + 1, most, None, 0
     while good.slots < k < bad and asked < TRIES:
@@ -105,13 +79,12 @@ def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: 
             good = Fits(k, int(used))
         else:
             bad = k
-        if not math.isfinite(used):
-            k = (good.slots + bad) // 2
-            continue
-        if before is not None and used != before[1]:
-            slope = (used - before[1]) / (k - before[0])
-        before = k, used
-        k = min(bad - 1, max(1, k + math.floor((limit - used) / slope)))
+        if math.isfinite(used):
+            if before is not None and used != before[1]:
+                slope = (used - before[1]) / (k - before[0])
+            before = k, used
+        told = math.isfinite(used) and slope > 0
+        k = min(bad - 1, max(1, k + math.floor((limit - used) / slope))) if told else (good.slots + bad) // 2
     return good if good.slots else None
 
 
@@ -120,10 +93,12 @@ def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float
 
     `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings. Raises `SealError` where the backend does not tell.
     """
-    tokens = {each: each * engine.most_rows(each, slots) for each in engine.lengths if each < length}
-    tokens[length] = length * engine.most_rows(length, slots)
-    fullest = max(tokens, key=lambda each: (tokens[each], each))  # few long rows may be fewer tokens than many short ones
-    return max(_step_bytes(engine, params, each, slots) for each in {length, fullest})
+    rows = {each: engine.most_rows(each, slots) for each in {length, *(each for each in engine.lengths if each < length)}}
+    fullest = max(rows, key=lambda each: (each * rows[each], rows[each]))  # few long rows may be fewer tokens than many short ones
+    most = max(rows, key=lambda each: (rows[each], each))  # and each row has a copy of its adapter, and gradients
+    asked = sorted({length, fullest, most})
+    with ThreadPoolExecutor(max(1, compiler.threads(engine.mesh)), "compile") as pool:
+        return max(pool.map(lambda each: _step_bytes(engine, params, each, slots), asked))
 
 
 def _step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
@@ -171,12 +146,6 @@ def enough_slots(engine: FitEngine, edits: int) -> int:
     return max(1, engine.most_rows(min(engine.lengths), edits) // 4)
 
 
-def has_room(engine: FitEngine, params: Any, length: int, slots: int, edits: int, *, held: int = 0, limit: float | None = None) -> bool:
-    """Whether so many slots a shard fit; the rest as for `slots_that_fit`."""
-    limit = device_limit(engine.mesh) if limit is None else limit
-    return held + edits * adapter_bytes(engine) + step_bytes(engine, params, length, slots) <= limit
-
-
 def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, held: int = 0, limit: float | None = None) -> int:
     """How many slots a shard an engine may have to fit `edits` edits a shard, sequences padded to at most `length` tokens.
 
@@ -184,12 +153,35 @@ def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, h
     `device_limit`. The adapters that come of the `edits` are counted. Raises `SealError` if not even one slot fits.
     """
     limit = device_limit(engine.mesh) if limit is None else limit
-    held += edits * adapter_bytes(engine)
-    found = most_within(lambda k: held + step_bytes(engine, params, length, k), limit, engine.most_rows(length, edits), edits)
+    bytes_of = _beside(engine, params, length, edits, held)
+    found = most_near(bytes_of, limit, edits, 3 * adapter_bytes(engine))
     if found is None:
-        least = held + step_bytes(engine, params, length, 1)
         raise SealError(
-            f"one edit of {length} tokens takes {least / 2**30:.1f} GiB a device, {limit / 2**30:.1f} GiB are to be had; "
+            f"one edit of {length} tokens takes {bytes_of(1) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} GiB are to be had; "
             "share the model (mesh.fsdp, mesh.tensor), model.remat=full, or model.max_length lower"
         )
     return found.slots
+
+
+def settle(
+    engines: Sequence[FitEngine], params: Any, length: int, edits: int, slots: int | None, *, held: int = 0
+) -> tuple[FitEngine, int]:
+    """Of `engines` that recompute ever more, the first that has room for enough slots, and how many: `slots`, or as many as fit.
+
+    The rest as for `slots_that_fit`. The last of them need not have room for enough, nor for `slots`, which then are the caller's word.
+    """
+    limit = device_limit(engines[0].mesh)
+    for engine in engines[:-1]:
+        bytes_of = _beside(engine, params, length, edits, held)
+        if slots is not None:
+            found = slots if bytes_of(slots) <= limit else 0
+        else:
+            found = (most_near(bytes_of, limit, edits, 3 * adapter_bytes(engine)) or Fits(0, 0)).slots
+        if found >= (slots or enough_slots(engine, edits)):
+            return engine, found
+    return engines[-1], slots or slots_that_fit(engines[-1], params, length, edits, held=held)
+
+
+def _beside(engine: FitEngine, params: Any, length: int, edits: int, held: int) -> Callable[[int], float]:
+    """Bytes a device by slots: of the step, of what is `held`, and of the adapters that come of the `edits`."""
+    return lambda slots: held + edits * adapter_bytes(engine) + step_bytes(engine, params, length, slots)

@@ -25,7 +25,12 @@ def padded_length(length: int, lengths: Sequence[int] = LENGTHS) -> int:
     """The smallest of `lengths` (ascending) that holds `length` tokens; beyond the last, the next power of two."""
     if length <= lengths[-1]:
         return lengths[bisect.bisect_left(lengths, length)]
-    return 1 << (length - 1).bit_length()
+    return power_of_two(length)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is at least `least`, and 1."""
+    return 1 << max(0, least - 1).bit_length()
 
 
 def epoch_orders(count: int, epochs: int, batch_size: int, rng: np.random.Generator, max_steps: int | None = None) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """One optimiser step of many adapters at once: device code, pure functions.
 
-Each edit in the step brings its own batch, learning rate, schedule, decay, clip and scale; `jax.vmap` maps the step of one adapter over
-them, with the frozen parameters shared. Source: the inner loop of SEAL, `TTT_server.py` (HF Trainer with AdamW, linear decay,
+Each edit in the step brings its own batch, learning rate, schedule, decay, clip and scale; `jax.vmap` maps the gradient of one adapter
+over them, with the frozen parameters shared. Source: the inner loop of SEAL, `TTT_server.py` (HF Trainer with AdamW, linear decay,
 clipping at 1.0), minus its loss on padding.
 """
 
@@ -16,6 +16,7 @@ import optax
 from seal_jax.fit.loss import cross_entropy
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder, head
+from seal_jax.parallel import mesh as mesh_lib
 
 SCHEDULES = ("constant", "linear", "cosine")
 UNDECAYED = ("scale", "bias")  # leaves that weight decay leaves alone
@@ -127,12 +128,20 @@ def adapter_loss(
         return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head(before["params"]), targets.ravel(), weights.ravel(), chunk)
 
 
-def gradient(decoder: Decoder, chunk: int, before: Any, lora: Any, scale: jax.Array, batch: Batch) -> tuple[jax.Array, Any]:
-    """The mean loss over the labels of one adapter's batch, and its gradient."""
+def gradient(
+    decoder: Decoder, chunk: int, params: Any, hyper: Hyper, lora: Any, batch: Batch, held: Any = None, penalised: bool = False
+) -> tuple[jax.Array, Any]:
+    """The mean loss over the labels of one adapter's batch, and the gradient of it and, with `penalised`, of the `penalty`.
+
+    `held` (or None): the adapter on which this one stands.
+    """
+    before = {"params": params} if held is None else {"params": params, "held": held}
     arrays = (batch.inputs, batch.targets, batch.weights)
-    loss, summed = jax.value_and_grad(lambda lora: adapter_loss(decoder, chunk, lora, scale, before, *arrays))(lora)
     labels = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    return loss / labels, jax.tree.map(lambda g: g / labels, summed)
+    loss, slope = jax.value_and_grad(lambda lora: adapter_loss(decoder, chunk, lora, hyper.scale, before, *arrays) / labels)(lora)
+    if penalised:
+        slope = jax.tree.map(jnp.add, slope, jax.grad(penalty, argnums=1)(hyper, lora, held))
+    return loss, slope
 
 
 def descend(hyper: Hyper, weights: Any, moments: optax.ScaleByAdamState, slope: Any) -> tuple[Any, optax.ScaleByAdamState]:
@@ -151,42 +160,76 @@ def descend(hyper: Hyper, weights: Any, moments: optax.ScaleByAdamState, slope: 
     return jax.tree_util.tree_map_with_path(one, weights, direction), after
 
 
-def update(
-    decoder: Decoder, chunk: int, params: Any, edit: FitState, batch: Batch, held: Any = None, penalised: bool = False
-) -> tuple[FitState, Report]:
-    """One optimiser step of one adapter: gradient of the mean loss, clip, AdamW. An edit that has ended stays as it is.
-
-    `held` (or None): the adapter on which this one stands. `penalised`: whether any edit has a `penalty`; the reported loss is without.
-    """
-    hyper, moments = edit.hyper, edit.moments
-    before = {"params": params} if held is None else {"params": params, "held": held}
-    loss, slope = gradient(decoder, chunk, before, edit.lora, hyper.scale, batch)
-    if penalised:
-        slope = jax.tree.map(jnp.add, slope, jax.grad(penalty, argnums=1)(hyper, edit.lora, held))
-    lora, after = descend(hyper, edit.lora, moments, slope)
-    new = FitState(lora, after, hyper, watch(hyper, edit.progress, moments.count, loss))
-    new = jax.tree.map(lambda old, new: jnp.where(edit.progress.ended, old, new), edit, new)
-    return new, Report(jnp.where(edit.progress.ended, -1.0, loss), new.progress.ended)
-
-
 def step(
     decoder: Decoder, chunk: int, params: Any, state: FitState, batch: Batch, held: Any = None, penalised: bool = False
 ) -> tuple[FitState, Report]:
-    """One optimiser step of the M edits that `batch` names; the other slots are untouched.
+    """One optimiser step of the M edits that `batch` names, no slot twice: gradients, clip, AdamW. The other slots are untouched, and an
+    edit that has ended stays as it is.
 
     `held`: adapters stacked [H, ...] with their scale folded in, among which `batch.held` chooses; None: there are none.
+    `penalised`: whether any edit has a `penalty`; the reported loss is without.
     """
-    take = lambda tree, index: jax.tree.map(lambda x: jnp.take(x, index, axis=0, mode="clip"), tree)  # noqa: E731
-    edits, bases = take(state, batch.slots), take(held, batch.held)
-    edits, report = jax.vmap(lambda edit, part, base: update(decoder, chunk, params, edit, part, base, penalised))(edits, batch, bases)
-    return jax.tree.map(lambda old, new: old.at[batch.slots].set(new, mode="drop"), state, edits), report
+    hyper, progress, count, lora = taken((state.hyper, state.progress, state.moments.count, state.lora), batch.slots)
+
+    def slopes(hyper: Hyper, lora: Any, part: Batch, base: Any) -> tuple[jax.Array, Any]:
+        return gradient(decoder, chunk, params, hyper, lora, part, base, penalised)
+
+    loss, slope = jax.vmap(slopes)(hyper, lora, batch, taken(held, batch.held))
+    keep = lambda old, new: jnp.where(progress.ended, old, new)  # noqa: E731
+    after = jax.tree.map(keep, progress, jax.vmap(watch)(hyper, progress, count, loss))
+    rows = mesh_lib.gathered_rows((batch.slots, progress.ended, hyper, count, slope))
+    weights = state.lora, state.moments.mu, state.moments.nu
+    lora, mu, nu = jax.lax.platform_dependent(weights, rows, cpu=descend_together, default=descend_in_place)
+    report = Report(keep(jnp.full_like(loss, -1.0), loss), after.ended)
+    counts, after = put((state.moments.count, state.progress), batch.slots, (keep(count, count + 1), after))
+    return FitState(lora, optax.ScaleByAdamState(counts, mu, nu), state.hyper, after), report
+
+
+def taken(tree: Any, slots: jax.Array) -> Any:
+    """The parts of `slots` [M], or of one slot. For an idle row (an index >= K) those of the last: what comes of it is dropped."""
+    return jax.tree.map(lambda x: jnp.take(x, slots, axis=0, mode="clip"), tree)
+
+
+def put(tree: Any, slots: jax.Array, rows: Any) -> Any:
+    """`tree` with `rows` in the place of the parts of `slots` [M], but for those of idle rows."""
+    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), tree, rows)
+
+
+# Adapters and moments of all slots, and of each row its slot, whether its edit has ended, its hyperparameters, its count, its gradient.
+Weights = tuple[Any, Any, Any]
+Rows = tuple[jax.Array, jax.Array, Hyper, jax.Array, Any]
+
+
+def _descended(own: Weights, ended: jax.Array, hyper: Hyper, count: jax.Array, slope: Any) -> Weights:
+    """Adapter and moments of one edit after `descend`, or as they were if it has ended."""
+    lora, moments = descend(hyper, own[0], optax.ScaleByAdamState(count, *own[1:]), slope)
+    return jax.tree.map(lambda old, new: jnp.where(ended, old, new), own, (lora, moments.mu, moments.nu))
+
+
+def descend_together(weights: Weights, rows: Rows) -> Weights:
+    """Those of `rows` are taken out, descend, and are put back, all at once."""
+    slots, *rest = rows
+    return put(weights, slots, jax.vmap(_descended)(taken(weights, slots), *rest))
+
+
+def descend_in_place(weights: Weights, rows: Rows) -> Weights:
+    """The same, row after row, each where it lies. Taken out together, adapters and moments are in memory three times over, and XLA for
+    GPUs lays all slots out anew for it; XLA for CPUs would copy them all here, for each row."""
+
+    def one(weights: Weights, row: Rows) -> tuple[Weights, None]:
+        slot, ended, *rest = row
+        own = jax.lax.optimization_barrier(taken(weights, slot))  # read before it is written, or all would have to be kept to read from
+        new = _descended(own, ended | (slot >= jax.tree.leaves(weights)[0].shape[0]), *rest)
+        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, slot, 0), weights, new), None
+
+    return jax.lax.scan(one, weights, rows)[0]
 
 
 def admit(state: FitState, slots: jax.Array, lora: Any, hyper: Hyper) -> FitState:
     """Fresh edits into `slots` [Q] (an index >= K is dropped): their initial adapters and hyperparameters [Q, ...], the rest as new."""
     fresh = empty_state(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), lora), len(slots))
     fresh = fresh._replace(lora=lora, hyper=hyper)
-    return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), state, fresh)
+    return put(state, slots, fresh)
 
 
 def empty_state(lora_shapes: Any, slots: int) -> FitState:

@@ -206,3 +206,12 @@ def gathered(tree: Any) -> Any:
     if mesh.shape.get("fsdp", 1) == 1:
         return tree
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, EVERYWHERE))
+
+
+def gathered_rows(tree: Any) -> Any:
+    """The same of the leading axis alone; how the others are cut stays the compiler's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("fsdp", 1) == 1:
+        return tree
+    where = lambda x: NamedSharding(mesh, P(None, *[P.UNCONSTRAINED] * (x.ndim - 1)))  # noqa: E731
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where(x)), tree)

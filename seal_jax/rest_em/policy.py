@@ -46,6 +46,11 @@ def _rounded(params: Any, weights: Any) -> Any:
     return jax.jit(lambda new: jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes), out_shardings=where)(weights)
 
 
+def largest_group(config: RunConfig) -> int:
+    """The most edits that are fitted in one go, in a round or in an evaluation (where each context has one of the passage alone)."""
+    return max(min(part.group, part.contexts) * (part.edits + 1) * part.seeds for part in (config.rest_em, config.evaluate))
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """A training set to fit, under the key of its random draws, and the prompts that the adapted model then answers.
@@ -208,28 +213,28 @@ class Policy:
         return FitEngine(decoder, c.lora, slots=slots, **options)
 
     def _settle(self, jobs: Sequence[FitJob], held: Any) -> tuple[str, int]:
-        """What the backward pass recomputes, and the slots a shard: what the config leaves open is asked of the compiler, once for jobs of
-        about the same number and length and as much held."""
-        *faster, remat = memory.remats(self.config.model.remat)
-        if not jobs or (not faster and self.config.fit.slots):
-            return remat, self.config.fit.slots or 1
+        """What the backward pass recomputes, and the slots a shard: what the config leaves open is asked of the compiler, for the longest
+        sequences and the most edits that come up, so that few questions serve a run and its groups share their programs."""
+        choices = memory.remats(self.config.model.remat)
+        if not jobs or (len(choices) == 1 and self.config.fit.slots):
+            return choices[-1], self.config.fit.slots or 1
         c, shards = self.config.fit, mesh_lib.shards(self.mesh)
-        length = padded_length(max(len(s.ids) - 1 for job in jobs for s in job.sequences), tuple(c.lengths))
-        edits, beside = 8 * -(-len(jobs) // (8 * shards)), 0
+        longest = max(len(s.ids) - 1 for job in jobs for s in job.sequences)
+        # Up to a whole step of one sequence, what a step takes hangs on its tokens more than on how long they are.
+        length = padded_length(max(longest, min(c.tokens_per_step // c.batch_size, max(c.lengths))), tuple(c.lengths))
+        edits, beside = 8 * -(-max(len(jobs), largest_group(self.config)) // (8 * shards)), 0
         if held is not None:  # each row of a step has a copy of the one that it stands on
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
             beside = int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
-        key = (length, edits, beside)
-        if key not in self._settled:
-            for other in faster:
-                engine = self._engine(other, 1)
-                enough = c.slots or memory.enough_slots(engine, edits)
-                if memory.has_room(engine, self.params, length, enough, edits, held=beside):
-                    remat = other
-                    break
-            slots = c.slots or memory.slots_that_fit(self._engine(remat, 1), self.params, length, edits, held=beside)
-            self._settled[key] = tuple(processes.share([remat, slots]))
-        return self._settled[key]
+        asked = (length, edits, beside)
+        for before, found in self._settled.items():
+            if all(a >= b for a, b in zip(before, asked, strict=True)):
+                return found
+        engines = [self._engine(each, 1) for each in choices]
+        engine, slots = memory.settle(engines, self.params, length, edits, c.slots, held=beside)
+        remat, slots = processes.share([engine.decoder.remat, slots])
+        self._settled[asked] = remat, slots
+        return remat, slots
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)

@@ -268,6 +268,18 @@ def test_new_values_do_not_compile_again(world):
     assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
 
 
+def test_a_few_edits_fewer_do_not_compile_again(world):
+    """Self-edits that cannot be used leave a group with fewer jobs: the steps are those of the whole group."""
+    model, jobs, _ = world
+    many = [dataclasses.replace(job, key=(*job.key, i)) for i in range(4) for job in jobs[:4]]
+    engine = make_engine(model.spec, slots=12)
+    engine.fit(model.params, many)
+    before = {f: getattr(engine_lib, f)._cache_size() for f in ("_step", "_admit")}
+    for count in (15, 12, 9, 7):
+        engine.fit(model.params, many[:count])
+    assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
+
+
 def test_programs_compiled_ahead_are_those_that_run(world, monkeypatch):
     """As on accelerators: several at a time, and none of them again when its step comes."""
     model, jobs, alone = world

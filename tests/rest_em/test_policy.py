@@ -156,7 +156,8 @@ def test_slots_that_the_config_leaves_open_are_as_many_as_fit(model, policy, mon
     edits = [Edit(("s", i), TrainingSet((TrainSequence(f"Orsk sells {i} boats."),)), (Prompt(text="Who?"),)) for i in range(3)]
     asked, found = [], memory.slots_that_fit
     monkeypatch.setattr(memory, "slots_that_fit", lambda *args, **options: asked.append(found(*args, **options)) or asked[-1])
-    open_policy = make_policy(model, fit=fit)
+    few = dict.fromkeys(("group", "contexts", "edits", "seeds"), 1)
+    open_policy = make_policy(model, fit=fit, rest_em=few, evaluate=few)
     results = [open_policy.adapt(edits) for _ in range(2)]
     assert asked == [8], "all that there are, in steps of eight, and asked once"
     for result in results:
@@ -172,6 +173,7 @@ def test_what_fits_recompute_follows_from_the_memory(model, policy, monkeypatch)
     """ "auto": nothing where the device has room for it; each is asked for once for jobs of a kind, and moves no answer."""
     edits = [Edit(("s", i), TrainingSet((TrainSequence(f"Orsk sells {i} boats."),)), (Prompt(text="Who?"),)) for i in range(3)]
     expected, asked, fits = policy.adapt(edits), [], []
+    few = dict.fromkeys(("group", "contexts", "edits", "seeds"), 1)
     real = Policy._fit
     monkeypatch.setattr(
         Policy, "_fit", lambda self, engine, *rest: fits.append((engine.decoder.remat, engine.slots)) or real(self, engine, *rest)
@@ -182,18 +184,18 @@ def test_what_fits_recompute_follows_from_the_memory(model, policy, monkeypatch)
         return {"none": 1000.0, "full": 10.0}[engine.decoder.remat] * slots
 
     monkeypatch.setattr(memory, "step_bytes", step_bytes)
-    monkeypatch.setattr(memory, "adapter_bytes", lambda engine: 0)
+    monkeypatch.setattr(memory, "adapter_bytes", lambda engine: 1)
     for slots, limit, found, questions in (
-        (4, 4000.0, ("none", 4), [("none", 4)]),
-        (4, 3999.0, ("full", 4), [("none", 4)]),
-        (None, 8000.0, ("none", 8), [("none", 2), ("none", 8)]),
-        (None, 6500.0, ("none", 6), [("none", 2), ("none", 8), ("none", 4), ("none", 6), ("none", 7)]),
-        (None, 1999.0, ("full", 8), [("none", 2), ("full", 8)]),
+        (4, 4008.0, ("none", 4), [("none", 4)]),
+        (4, 4007.0, ("full", 4), [("none", 4)]),
+        (None, 8008.0, ("none", 8), [("none", 8)]),
+        (None, 6508.0, ("none", 6), [("none", 8), ("none", 1), ("none", 6)]),
+        (None, 2007.0, ("full", 8), [("none", 8), ("none", 1), ("full", 8)]),
     ):
         monkeypatch.setattr(memory, "device_limit", lambda mesh: limit)  # noqa: B023
         asked.clear()
         fit = {"lora": {"rank": 4, "alpha": 8.0}, "epochs": 2, "lengths": [64], "slots": slots, "tokens_per_step": 512}
-        auto = make_policy(model, "auto", fit=fit)
+        auto = make_policy(model, "auto", fit=fit, rest_em=few, evaluate=few)
         results = [auto.adapt(edits) for _ in range(2)]
         assert fits[-2:] == [found] * 2 and asked == questions, "asked for once"
         assert [[a.outputs for a in result] for result in results] == [[a.outputs for a in expected]] * 2
