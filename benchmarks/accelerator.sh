@@ -21,14 +21,15 @@ echo "# $(date -u +%FT%TZ) $(uname -srm), $(nproc) processors"
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.sm,clocks.mem --format=csv,noheader
 if ! "$python" - <<'PY'
 import importlib, sys
-missing = []
-for name in ("jax", "flax.linen", "optax", "numpy", "omegaconf", "yaml", "tqdm"):
+missing = {}  # the package by what asked for it first: what lacks in the benchmarks' own imports too, not only in this list
+for name in ("jax", "flax.linen", "optax", "numpy", "omegaconf", "yaml", "tqdm", "benchmarks.fit", "benchmarks.sample", "benchmarks.round"):
     try:
         importlib.import_module(name)
     except ImportError as error:
-        missing.append(f"{name} ({error})")
+        missing.setdefault(error.name or name, name)
 if missing:
-    sys.exit("missing, and not installed by this script: " + ", ".join(missing))
+    found = ", ".join(package if package == name else f"{package} (for {name})" for package, name in missing.items())
+    sys.exit(f"missing, and not installed by this script: {found}")
 import jax
 print("#", sys.version.split()[0], "jax", jax.__version__, jax.devices())
 if jax.default_backend() == "cpu":

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from benchmarks import shapes
 from seal_jax.config import LoraConfig
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import activation_dtype, resolve_dtype
+from seal_jax.models.dtypes import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 
 KEYS = ("case", "device", "model", "k", "edits_per_s", "tokens_per_s", "mfu", "peer", "ratio")

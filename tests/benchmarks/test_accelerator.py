@@ -6,7 +6,41 @@ import sys
 
 import pytest
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "accelerator.sh"
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "accelerator.sh"
+
+
+@pytest.fixture
+def without(tmp_path):
+    """`without(*packages)`: the environment of a Python that lacks them."""
+
+    def environment(*packages):
+        (tmp_path / "lacking").mkdir()
+        lines = [f"sys.modules[{name!r}] = None\n" for name in packages]
+        (tmp_path / "lacking" / "sitecustomize.py").write_text("import sys\n" + "".join(lines))
+        path = os.pathsep.join([str(tmp_path / "lacking"), str(ROOT)])
+        return os.environ | {"PYTHONPATH": path, "PYTHON": sys.executable, "OUT": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    return environment
+
+
+def test_benchmarks_need_no_package_that_only_other_models_and_constraints_need(without):
+    call = [sys.executable, "-c", "import benchmarks.fit, benchmarks.sample, benchmarks.round, benchmarks.kernels"]
+    environment = without("gguf", "outlines_core")
+    done = subprocess.run(call, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_says_in_a_line_what_is_missing(without):
+    done = subprocess.run([SCRIPT], env=without("omegaconf"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "missing, and not installed by this script: omegaconf\n"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_says_what_the_benchmarks_themselves_lack(without):
+    done = subprocess.run([SCRIPT], env=without("seal_jax.fit.plan"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.strip().endswith("seal_jax.fit.plan (for benchmarks.fit)")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
