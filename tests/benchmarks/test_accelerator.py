@@ -1,10 +1,15 @@
+import importlib
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from benchmarks import fit, workload
+from benchmarks import round as round_
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "accelerator.sh"
@@ -50,18 +55,48 @@ def test_refuses_a_machine_without_an_accelerator(tmp_path):
     assert done.returncode == 1 and "JAX sees no accelerator here" in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-def test_every_case_is_a_command_that_the_benchmarks_take(tmp_path):
-    """With a Python that writes down what it is asked, every line of the script is run, and parsed by the benchmark that it names."""
-    import importlib
-
+@pytest.fixture
+def calls(tmp_path):
+    """[(seconds, module, options)] of the script's cases, from a Python that only writes down what it is asked."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
     fake = tmp_path / "python"
     fake.write_text(f'#!/bin/sh\n[ "$1" = - ] || echo "$@" >>{tmp_path}/calls\ncat >/dev/null </dev/null\n')
     fake.chmod(0o755)
     environment = os.environ | {"PYTHON": str(fake), "OUT": str(tmp_path)}
     done = subprocess.run([SCRIPT], env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(calls) >= 5 and calls[0][:4] == ["-m", "benchmarks.fit", "--model", "qwen2.5-7b"]
-    for _, module, *options in calls:
-        assert importlib.import_module(module).parse(options).minutes > 0
+    seconds = [int(line.split(" at most ")[1].split()[0]) for line in done.stdout.splitlines() if line.startswith("# --- ")]
+    lines = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    return [(s, importlib.import_module(module), options) for s, (_, module, *options) in zip(seconds, lines, strict=True)]
+
+
+def test_every_case_is_a_command_that_the_benchmarks_take(calls):
+    assert len(calls) >= 5 and calls[0][1] is fit and calls[0][2][:2] == ["--model", "qwen2.5-7b"]
+    for _, module, options in calls:
+        assert module.parse(options).minutes > 0
+
+
+def test_the_most_valuable_cases_have_their_time(calls):
+    (first, *_), (second, module, _), (third, *_) = calls[:3]
+    assert module is round_ and second >= 240 and first + second + third < 9.5 * 60
+
+
+def test_cases_have_little_padding_and_few_programs(calls, monkeypatch):
+    """As planned, where the device has room for the slots; the round finds nearly all of its programs compiled by the fits before it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    edits = workload.make_round()
+
+    def planned(args, some, slots):
+        how = {"lengths": fit.numbers(args.lengths), "tokens_per_step": args.tokens_per_step, "epochs": args.epochs}
+        return workload.planned(some, slots=slots, **how)
+
+    (_, _, fits), (_, _, rounds) = calls[:2]
+    args, compiled = fit.parse(fits), {}
+    for k in fit.numbers(args.k):
+        assert fit.count(args, k) == max(k, 8)
+        waste, compiled[k] = planned(args, workload.spread(edits, fit.count(args, k)), k)
+        assert waste.share <= 0.25 and len(compiled[k]) <= 16
+    args = round_.parse(rounds)
+    waste, programs = planned(args, workload.near_mean(edits, args.contexts), args.slots)
+    assert waste.share <= 0.2 and len(programs - compiled[args.slots]) <= 4
