@@ -11,6 +11,7 @@ python=${PYTHON:-python3}
 end=$(($(date +%s) + $(awk "BEGIN {print int(${MINUTES:-9.5} * 60)}")))
 out=${OUT:-}
 log=${out:-$(mktemp -d)}
+mkdir -p "$log" || exit 1
 # Programs are compiled once for all the processes below; nothing outlives this run.
 cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
