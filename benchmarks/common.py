@@ -1,10 +1,12 @@
-"""What the benchmarks share: options, the measured ceilings of the machine, interleaved timing, JSON lines and the table."""
+"""What the benchmarks share: options, the measured ceilings of the machine, timing, JSON lines and the table."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.metadata
 import json
 import os
@@ -12,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Both sides share one GPU; JAX would take three quarters of it at its first array.
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 from benchmarks import shapes
 from seal_jax.config import LoraConfig
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import activation_dtype, resolve_dtype
+from seal_jax.models.dtypes import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 
 KEYS = ("case", "device", "model", "k", "edits_per_s", "tokens_per_s", "mfu", "peer", "ratio")
@@ -54,7 +56,9 @@ class Bench:
         """The clock's reading when `share` of the time that `--minutes` allows is over."""
         return self.started + 60 * self.args.minutes * share
 
-    def add(self, case: str, *, k: int | None = None, tokens_per_s: float, edits_per_s: float | None = None, **more: Any) -> None:
+    def add(
+        self, case: str, *, k: int | None = None, tokens_per_s: float | None = None, edits_per_s: float | None = None, **more: Any
+    ) -> None:
         """One finished case: a JSON line now, a row of the table at the end."""
         row = {"case": case, "device": self.device, "model": self.args.model, "k": k, "edits_per_s": edits_per_s}
         row |= {"tokens_per_s": tokens_per_s, "mfu": None, "peer": None, "ratio": None, **more}
@@ -67,7 +71,7 @@ class Bench:
                 file.write(line + "\n")
 
     def finish(self) -> int:
-        """Prints the table; the exit code is 1 if a check failed."""
+        """Prints the table; the exit code is 1 if a check failed or no case was measured, and 0 if some were left out."""
         if not self.rows:
             print("no case was measured", file=sys.stderr)
             return 1
@@ -164,27 +168,57 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room, as XLA, torch and cuBLAS say it."""
+    return isinstance(error, RuntimeError) and any(w in str(error) for w in ("RESOURCE_EXHAUSTED", "out of memory", "ALLOC_FAILED"))
+
+
+@contextlib.contextmanager
+def within_memory(name: str) -> Iterator[None]:
+    """A block that is left, and said so in a line, where a device has no room for it: what was measured before shall not be lost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"left out, no room on the device: {name}", file=sys.stderr)
+    gc.collect()  # what the fault still held
+
+
+def in_time(name: str, until: float) -> bool:
+    """Whether it is before `until` yet; said in a line if not."""
+    if time.monotonic() <= until:
+        return True
+    print(f"left out, no time: {name}", file=sys.stderr)
+    return False
+
+
 def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int, until: float, warm: Sequence[str] = ()) -> dict[str, list[float]]:
     """Seconds of each case by repeat, all cases once a repeat, so that what drifts drifts for all.
 
     Each case runs once before, untimed, unless `warm` names it. No repeat is begun that would end after `until` by the last one's
-    measure, but one is always made; cases whose warm-up would begin after `until` are left out, and said so.
+    measure, but one is always made; cases whose warm-up would begin after `until` are left out, and so are those that the device
+    has no room for, and said so.
     """
     kept: dict[str, Callable[[], Any]] = {}
     for name, run in cases.items():
-        if kept and time.monotonic() > until:
-            print(f"left out, no time: {name}", file=sys.stderr)
+        if kept and not in_time(name, until):
             continue
-        kept[name] = run
-        if name not in warm:
-            print(f"warming up: {name} ({seconds(run):.1f} s)", file=sys.stderr)
+        with within_memory(name):
+            if name not in warm:
+                print(f"warming up: {name} ({seconds(run):.1f} s)", file=sys.stderr)
+            kept[name] = run
     found: dict[str, list[float]] = {name: [] for name in kept}
     for repeat in range(repeats):
         if repeat and time.monotonic() + sum(took[-1] for took in found.values()) > until:
             break
-        for name, run in kept.items():
-            found[name].append(seconds(run))
-    print("timed: " + ", ".join(f"{name} {' '.join(f'{s:.2f}' for s in took)} s" for name, took in found.items()), file=sys.stderr)
+        for name, took in list(found.items()):
+            with within_memory(name):
+                took.append(seconds(kept[name]))
+            if len(took) == repeat:
+                del found[name]
+    if found:
+        print("timed: " + ", ".join(f"{name} {' '.join(f'{s:.2f}' for s in took)} s" for name, took in found.items()), file=sys.stderr)
     return found
 
 

@@ -4,7 +4,11 @@
 
 The edits are a sample of the workload (`benchmarks.workload`) spread over its sizes, with `--epochs` of its 10 epochs; the same first
 edits for every K and for the peer. Tokens are those that a loss is taken on, so padding never counts as work done. `edits_per_s` is of
-whole edits of the workload: tokens a second over the tokens of its mean edit.
+whole edits of the workload: tokens a second over the tokens of its mean edit; `ratio` is ours over the peer's tokens a second.
+
+Each case is a line as soon as it has been timed: `fit-kK` by K, then `peft-dynamic`, then `fit-kK-vs-peft`, which has the ratio and the
+check, and what else there is time for. A case that the device has no room for is left out, and said so; of K no more edits are
+on the device at once than its memory holds.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import dataclasses
 import functools
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +26,8 @@ import numpy as np
 from benchmarks import common, peers, workload
 from benchmarks.common import Bench
 from seal_jax.config import LENGTHS, FitConfig
+from seal_jax.errors import SealError
+from seal_jax.fit import memory, plan
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens
 from seal_jax.parallel import cost
 
@@ -35,9 +40,9 @@ FALL_TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}  # the same as a share of w
 def parse(argv: Sequence[str] | None) -> Any:
     p = common.parser("fit", __doc__.split("\n", 1)[0])
     p.add_argument("--k", help="edits on the device at once, first the one that matters most (default 32,8,1; 64,16,4,1 on a GPU)")
-    p.add_argument("--edits", type=int, help="edits a repeat, at least K (default twice K, and at least 8)")
+    p.add_argument("--edits", type=int, help="edits a repeat, at least K (default K, and at least 8)")
     p.add_argument("--epochs", type=int, help="of the workload's 10 (default 1; on a GPU 3)")
-    p.add_argument("--tokens-per-step", type=int, help="token slots a device step (default 512; on a GPU 4096)")
+    p.add_argument("--tokens-per-step", type=int, help="token slots a device step (default 512; on a GPU 2048)")
     p.add_argument("--lengths", help="padded lengths (default: the library's)")
     p.add_argument("--peer-edits", type=int, default=4, help="edits that the peer fits a repeat")
     p.add_argument(
@@ -47,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> Any:
     args = p.parse_args(argv)
     common.default(args, "k", "2,1", "32,8,1", "64,16,4,1")
     common.default(args, "epochs", 1, 1, 3)
-    common.default(args, "tokens_per_step", 768, 512, 4096)
+    common.default(args, "tokens_per_step", 768, 512, 2048)
     common.default(args, "padded_steps", 1, 2, 8)
     common.default(args, "sweep", "16", "16,64,256", "16,64,256,1024")
     common.default(args, "lengths", "384", ",".join(map(str, LENGTHS)), ",".join(map(str, LENGTHS)))
@@ -81,18 +86,55 @@ def loss_gap(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     return max(float(np.mean(np.abs(a[: len(b)] - b)) / np.mean(b)) for a, b in zip(ours, theirs, strict=True))
 
 
-def learning(bench: Bench, peer: peers.Peer, slots: int, neighbours: Sequence[FitJob]) -> dict[str, float]:
-    """How far the peer's loss falls over ten epochs of one short edit, and the mean distance of ours as a share of that.
+def with_room(bench: Bench, slots: int, jobs: Sequence[FitJob]) -> int:
+    """`slots`, or as many as the device has room for beside the adapters that come of `jobs`, said in a line.
+
+    The compiler is asked for the two largest programs with `slots`, which fits run anyway, and for others only where those are too large.
+    A CPU is not asked: its memory is plenty and its compiler slow.
+    """
+    if bench.on_cpu:
+        return slots
+    asked = engine(bench, slots)
+    length = max(plan.padded_length(len(s.ids) - 1, asked.lengths) for job in jobs for s in job.sequences)
+    try:
+        if memory.has_room(asked, bench.params, length, slots, len(jobs)):
+            return slots
+        found = min(slots, memory.slots_that_fit(asked, bench.params, length, len(jobs)))
+    except SealError as error:
+        print(f"# {slots} slots, as asked for: {error}")
+        return slots
+    print(f"# {found} slots, not {slots}: no more fit into the device's memory")
+    return found
+
+
+def count(args: Any, k: int) -> int:
+    """The edits that are fitted where K are on the device at once."""
+    return max(k, args.edits or (3 if args.tiny else 8))
+
+
+def learning(bench: Bench, peer: peers.Peer, k: int, neighbours: Sequence[FitJob]) -> None:
+    """A check: how far the peer's loss falls over ten epochs of one short edit, and the mean distance of ours as a share of that.
 
     Random tokens seen once teach nothing, so that the timed edits' losses are close whether or not the sides learn alike; these are not.
-    Ours is fitted among `neighbours`, which must not matter.
+    Ours is fitted among `neighbours`, which must not matter: as many as make the programs those that were compiled before.
     """
     texts = tuple(Tokens(workload.ids(bench.args.seed, bench.spec.vocab_size, 20, "learning", i)) for i in range(4))
     job = FitJob(("learning",), texts, FitConfig(lora=bench.lora, learning_rate=3e-2 if bench.args.tiny else 1e-3))
     (theirs,) = peer.fit([job], bench.args.seed, initial=True)
-    ours = fit(bench, slots, [job, *neighbours]).losses[0]
+    peers.release()
+    ours = fit(bench, k, [job, *neighbours]).losses[0]
     fall = float(np.mean(theirs[:4]) - np.mean(theirs[-4:]))
-    return {"fall": fall, "fall_gap": float(np.mean(np.abs(ours - theirs))) / max(abs(fall), 1e-9)}
+    gap = float(np.mean(np.abs(ours - theirs))) / max(abs(fall), 1e-9)
+    bench.add("learning", k=k, fall=fall, fall_gap=gap, check="ok" if gap <= FALL_TOLERANCE[bench.args.dtype] else "failed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """What was measured with K edits at once."""
+
+    k: int
+    rate: float  # tokens a second
+    losses: Sequence[np.ndarray]  # by edit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,32 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     edits = workload.make_round(args.seed)
     whole = 10 * statistics.mean(e.labels for e in edits)
     ks = numbers(args.k)
-    count = {k: max(k, args.edits or (3 if args.tiny else max(8, 2 * k))) for k in ks}
-    chosen = workload.spread(edits, max(count.values()))
+    chosen = workload.spread(edits, max(count(args, k) for k in ks))
     jobs = [workload.job(e, bench.spec.vocab_size, config, args.seed) for e in chosen]
-    peer, reason = peers.connect(bench)
-    own = jobs[: args.peer_edits]
-    learnt: dict[str, float] = {}
-    if peer is None:
-        print(f"# no peer: {reason}")
-        theirs: list[np.ndarray] = []
-    else:
-        theirs = peer.fit(own, args.seed, initial=True)  # the check, and the peer's warm-up
-        learnt = learning(bench, peer, ks[0], own[: ks[0] - 1])
-        peers.release()
-
-    last: dict[int, Fitted] = {}
-
-    def run(k: int) -> None:
-        last[k] = fit(bench, k, jobs[: count[k]])
-        last[k] = dataclasses.replace(last[k], lora=None)  # the adapters would fill the device
-
-    cases: dict[str, Callable[[], Any]] = {}
-    for place, k in enumerate(ks):
-        cases[f"fit k={k}"] = functools.partial(run, k)
-        if place == 0 and peer is not None:
-            cases["peft dynamic"] = functools.partial(peer.fit, own, args.seed)
-    took = common.interleave(cases, args.repeats, bench.until(0.7), warm=["peft dynamic"])
     flops = functools.partial(cost.trained_flops, bench.spec, bench.lora)
 
     def row(case: str, trained: Sequence[int], seconds: Sequence[float], **more: Any) -> float:
@@ -136,28 +154,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench.add(case, tokens_per_s=rate, edits_per_s=rate / whole, mfu=used, **common.figures(seconds), **more)
         return rate
 
-    rate = None
-    if "peft dynamic" in took:
-        more = {"edits": len(own), "epochs": args.epochs, "loss": float(np.mean(np.concatenate(theirs)))}
-        rate = row("peft-dynamic", labels(own), took["peft dynamic"], k=1, **more)
-    best = (0.0, 0)
-    for k in ks:
-        if f"fit k={k}" not in took:
+    ours: list[Ours] = []
+    for place, k in enumerate(ks):
+        if place and not common.in_time(f"fit k={k}", bench.until(0.6)):
             continue
-        trained = labels(jobs[: count[k]])
-        seconds = took[f"fit k={k}"]
-        more = {"edits": count[k], "epochs": args.epochs, "padding": last[k].waste.share}
-        if rate is not None:
-            gap = loss_gap(last[k].losses[: len(own)], theirs)
-            good = gap <= TOLERANCE[args.dtype] and (k != ks[0] or learnt["fall_gap"] <= FALL_TOLERANCE[args.dtype])
-            more |= {"peer": "peft-dynamic", "ratio": sum(trained) / statistics.median(seconds) / rate, "loss_gap": gap}
-            more |= {**(learnt if k == ks[0] else {}), "check": "ok" if good else "failed"}
-        best = max(best, (row(f"fit-k{k}", trained, seconds, k=k, **more), k))
-    if peer is not None and args.padded_steps:
-        padded(bench, peer, own, best[0], row)
+        k = with_room(bench, k, jobs[: count(args, k)])
+        own, last = jobs[: count(args, k)], []
+
+        def run(k: int = k, own: Sequence[FitJob] = own, last: list[Fitted] = last) -> None:
+            last[:] = [dataclasses.replace(fit(bench, k, own), lora=None)]  # the adapters would fill the device
+
+        # The first K is what matters most; the others, and the peer, shall have their part of the time too.
+        took = common.interleave({f"fit k={k}": run}, args.repeats, bench.until(0.45 + 0.15 * place / len(ks)))
+        for seconds in took.values():
+            waste = last[0].waste
+            rate = row(f"fit-k{k}", labels(own), seconds, k=k, edits=len(own), epochs=args.epochs, padding=waste.share, steps=waste.steps)
+            ours.append(Ours(k, rate, last[0].losses))
+    peer, reason = peers.connect(bench)
+    if peer is None:
+        print(f"# no peer: {reason}")
+    else:
+        beside(bench, peer, jobs, ours, row)
     peers.release()
-    sweep(bench, peer, config, ks, row)
+    if ours:
+        sweep(bench, peer, config, max(x.k for x in ours), row)
     return bench.finish()
+
+
+def beside(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: Sequence[Ours], row: Callable[..., float]) -> None:
+    """The peer on the first edits, ours in ratio to it, and the checks."""
+    args = bench.args
+    own = jobs[: min([args.peer_edits, *(len(x.losses) for x in ours)])]
+    theirs: list[np.ndarray] = []
+    took: dict[str, list[float]] = {}
+    with common.within_memory("peft dynamic"):
+        theirs = peer.fit(own, args.seed, initial=True)  # the check, and the peer's warm-up
+        cases = {"peft dynamic": functools.partial(peer.fit, own, args.seed)}
+        took = common.interleave(cases, args.repeats, bench.until(0.75), warm=list(cases))
+    for seconds in took.values():
+        loss = float(np.mean(np.concatenate(theirs)))
+        rate = row("peft-dynamic", labels(own), seconds, k=1, edits=len(own), epochs=args.epochs, loss=loss)
+        for x in ours:
+            gap = loss_gap(x.losses[: len(own)], theirs)
+            more = {"loss_gap": gap, "check": "ok" if gap <= TOLERANCE[args.dtype] else "failed"}
+            bench.add(f"fit-k{x.k}-vs-peft", k=x.k, tokens_per_s=x.rate, peer="peft-dynamic", ratio=x.rate / rate, **more)
+    if ours and common.in_time("learning", bench.until(0.9)):
+        with common.within_memory("learning"):
+            learning(bench, peer, ours[0].k, jobs[: count(args, ours[0].k) - 1])
+    if ours and args.padded_steps and common.in_time("peft padded to 2048", bench.until(0.9)):
+        with common.within_memory("peft padded to 2048"):
+            padded(bench, peer, own, max(x.rate for x in ours), row)
 
 
 def padded(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: float, row: Callable[..., float]) -> None:
@@ -171,13 +217,12 @@ def padded(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: float, 
     bench.add("fit-best-vs-padded", tokens_per_s=ours, peer="peft-padded-2048", ratio=ours / rate)
 
 
-def sweep(bench: Bench, peer: peers.Peer | None, config: FitConfig, ks: Sequence[int], row: Callable[..., float]) -> None:
+def sweep(bench: Bench, peer: peers.Peer | None, config: FitConfig, most: int, row: Callable[..., float]) -> None:
     """Speed-up against tokens an adapter-step: K edits at once beside one alone and beside the peer, all sequences of one length."""
     args = bench.args
-    k = min(max(ks), 4 if bench.on_cpu else 64)
+    k = min(most, 4 if bench.on_cpu else 64)
     for length in numbers(args.sweep):
-        if time.monotonic() > bench.until(0.9):
-            print(f"left out, no time: sweep of {length} tokens", file=sys.stderr)
+        if not common.in_time(f"sweep of {length} tokens", bench.until(0.9)):
             continue
         each = max(1, args.tokens_per_step * (1 if bench.on_cpu else 8) // (k * length))
         once = dataclasses.replace(config, epochs=1)
@@ -197,6 +242,8 @@ def sweep(bench: Bench, peer: peers.Peer | None, config: FitConfig, ks: Sequence
         if peer is not None:
             cases["peft"] = functools.partial(peer.fit, few, args.seed)
         took = common.interleave(cases, min(args.repeats, 2), bench.until(0.97))
+        if f"k={k}" not in took:
+            continue
         ours = sum(labels(made)) / statistics.median(took[f"k={k}"])
         ratio = {name: ours * statistics.median(took[name]) / sum(labels(few)) for name in ("k=1", "peft") if name in took}
         against = {"peer": "peft-dynamic", "ratio": ratio["peft"]} if "peft" in ratio else {}

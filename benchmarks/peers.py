@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks import common
 from benchmarks.common import Bench
 from seal_jax import rng
 from seal_jax.config import LoraConfig
@@ -42,7 +43,11 @@ def connect(bench: Bench) -> tuple[Peer | None, str]:
         return None, f"{error.name} is not installed"
     if platform not in ("cpu", "gpu") or (platform == "gpu" and not torch.cuda.is_available()):
         return None, f"torch has no device like JAX's ({platform})"
-    peer = Peer(bench.spec, bench.params, "cpu" if platform == "cpu" else "cuda", str(bench.dtype))
+    peer = None
+    with common.within_memory("the peer"):
+        peer = Peer(bench.spec, bench.params, "cpu" if platform == "cpu" else "cuda", str(bench.dtype))
+    if peer is None:
+        return None, "no room for a second model"
     # The Trainer collects garbage after each edit; it shall not have to look through what JAX has loaded, which is none of its own.
     gc.collect()
     gc.freeze()

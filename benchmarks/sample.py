@@ -6,10 +6,14 @@
 questions each (`k` is the number of rows or of adapters). Every answer has 64 tokens. `tokens_per_s` is of the whole call, prefill
 included; the share of the roofline is of a decoding step: the time that a step's bytes take at the measured bandwidth, over the step's
 time, which is what 64 tokens take longer than one.
+
+Ours come first, each a line as soon as it has been timed, then each peer's and, in `decode-rN-vs-...` and `answers-eN-vs-peft`, the ratio
+of tokens a second and the check.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -67,45 +71,99 @@ def decode(bench: Bench, prompts: Sequence[Sequence[int]], tokens: int, rows: in
     return [g.tokens for g in generate(bench.decoder, bench.params, requests, stop=(), rows=rows, lora=lora)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """What was measured of one case of ours."""
+
+    case: str
+    k: int  # rows or adapters
+    prompts: list[tuple[int, ...]]
+    outputs: list[Sequence[int]]
+    rate: float  # tokens a second
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     bench = common.start(parse(argv))
-    args, tokens = bench.args, bench.args.tokens
+    args = bench.args
+    decoded = []
+    for place, count in enumerate(int(x) for x in args.rows.split(",")):
+        if not place or common.in_time(f"decode-r{count}", bench.until(0.4)):
+            decoded += ours(bench, f"decode-r{count}", count, questions(bench, count), count, bench.until(0.4))
+    lora = answered = None
+    if args.adapters:
+        with common.within_memory("answers"):
+            lora = adapters(bench, args.adapters)
+            answered = answers(bench, lora)
     peer, reason = peers.connect(bench)
     if peer is None:
         print(f"# no peer: {reason}")
+    else:
+        for x in decoded:
+            generated(bench, peer, x)
+        if answered is not None:
+            with common.within_memory("peft-generate"):
+                one_adapter(bench, peer, answered, jax.tree.map(lambda leaf: leaf[0], lora))
     vllm = peers.vllm_reason(bench)
-    other = peers.Vllm(bench) if vllm is None else None
     if vllm is not None:
         print(f"# vLLM not measured: {vllm}")
-    rows = [int(x) for x in args.rows.split(",")]
-    cases: dict[str, Callable[[], Any]] = {}
-    outputs: dict[int, Any] = {}
-
-    def keep(count: int, prompts: Sequence[Sequence[int]]) -> None:
-        outputs[count] = decode(bench, prompts, tokens, count)
-
-    for count in rows:
-        prompts = questions(bench, count)
-        cases[f"decode-r{count}"] = functools.partial(keep, count, prompts)
-        cases[f"first-r{count}"] = functools.partial(decode, bench, prompts, 1, count)
-        if peer is not None:
-            cases[f"generate-r{count}"] = functools.partial(peer.generate, prompts, tokens)
-        if other is not None:
-            cases[f"vllm-r{count}"] = functools.partial(other.generate, prompts, tokens)
-    took = common.interleave(cases, args.repeats, bench.until(0.7 if args.adapters else 0.97))
-    for count in rows:
-        if f"decode-r{count}" in took:
-            more = check(bench, peer, questions(bench, count), outputs[count])
-            report(bench, took, count, questions(bench, count), more)
-    if args.adapters:
-        answers(bench, peer)
+    else:
+        del peer, lora
+        peers.release()
+        with common.within_memory("vllm"):
+            other = peers.Vllm(bench)
+            for x in decoded:
+                theirs(bench, "vllm", x, functools.partial(other.generate, x.prompts, args.tokens))
     return bench.finish()
 
 
-def check(bench: Bench, peer: peers.Peer | None, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> dict[str, Any]:
+def ours(
+    bench: Bench,
+    case: str,
+    k: int,
+    prompts: list[tuple[int, ...]],
+    rows: int,
+    until: float,
+    owners: Sequence[int] = (),
+    lora: Any = None,
+) -> list[Ours]:
+    """Our row of a case; none of it if there was no room for it."""
+    tokens, last = bench.args.tokens, []
+
+    def keep() -> None:
+        last[:] = decode(bench, prompts, tokens, rows, owners, lora)
+
+    cases = {case: keep, f"first of {case}": functools.partial(decode, bench, prompts, 1, rows, owners, lora)}
+    took = common.interleave(cases, bench.args.repeats, until)
+    if case not in took:
+        return []
+    rate = len(prompts) * tokens / statistics.median(took[case])
+    first = took.get(f"first of {case}")
+    share = roofline(bench, took[case], first, prompts, 0 if lora is None else k) if first else None
+    bench.add(case, k=k, tokens_per_s=rate, bandwidth_share=share, **common.figures(took[case]))
+    return [Ours(case, k, prompts, last, rate)]
+
+
+def theirs(bench: Bench, name: str, x: Ours, run: Callable[[], Any], **more: Any) -> None:
+    """A peer's row for the prompts of one of our cases, and ours in ratio to it."""
+    case = f"{name}-r{x.k}"
+    for seconds in common.interleave({case: run}, bench.args.repeats, bench.until(0.9)).values():
+        rate = x.k * bench.args.tokens / statistics.median(seconds)
+        bench.add(case, k=x.k, tokens_per_s=rate, **common.figures(seconds))
+        bench.add(f"{x.case}-vs-{name}", k=x.k, tokens_per_s=x.rate, peer=name, ratio=x.rate / rate, **more)
+
+
+def generated(bench: Bench, peer: peers.Peer, x: Ours) -> None:
+    """transformers' `generate` on the same prompts."""
+    name = f"transformers-generate-r{x.k}"
+    if not common.in_time(name, bench.until(0.9)):
+        return
+    with common.within_memory(name):
+        more = check(bench, peer, x.prompts, x.outputs)
+        theirs(bench, "transformers-generate", x, functools.partial(peer.generate, x.prompts, bench.args.tokens), **more)
+
+
+def check(bench: Bench, peer: peers.Peer, prompts: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Whether the peer would have chosen our tokens, on a few rows."""
-    if peer is None:
-        return {}
     regret = peer.regret(prompts[:4], found[:4])
     return {"regret": regret, "check": "ok" if regret <= TOLERANCE[bench.args.dtype] else "failed"}
 
@@ -121,50 +179,28 @@ def roofline(
     return read / bench.bandwidth / step if step > 0 else None
 
 
-def report(bench: Bench, took: dict[str, list[float]], count: int, prompts: Sequence[Sequence[int]], more: dict[str, Any]) -> None:
-    """Our row of `count` rows at once, beside each peer's."""
-    rates = {}
-    for name in ("generate", "vllm"):
-        if seconds := took.get(f"{name}-r{count}"):
-            rates[name] = count * bench.args.tokens / statistics.median(seconds)
-            case = "transformers-generate" if name == "generate" else name
-            bench.add(f"{case}-r{count}", k=count, tokens_per_s=rates[name], **common.figures(seconds))
-    own = took[f"decode-r{count}"]
-    rate = count * bench.args.tokens / statistics.median(own)
-    if "generate" in rates:
-        more = {**more, "peer": "transformers-generate", "ratio": rate / rates["generate"]}
-    if "vllm" in rates:
-        more = {**more, "over_vllm": rate / rates["vllm"]}
-    share = roofline(bench, own, took[f"first-r{count}"], prompts) if f"first-r{count}" in took else None
-    bench.add(f"decode-r{count}", k=count, tokens_per_s=rate, bandwidth_share=share, **common.figures(own), **more)
-
-
-def answers(bench: Bench, peer: peers.Peer | None) -> None:
-    """Adapted models that answer at once; beside them, PEFT's adapters one after another, each with its questions in one batch."""
-    count, tokens = bench.args.adapters, bench.args.tokens
+def answers(bench: Bench, lora: Any) -> Ours | None:
+    """Adapted models that answer at once. What is kept of them are the first one's answers."""
+    count = bench.args.adapters
     asked = [e.questions for e in workload.spread(workload.make_round(bench.args.seed), count)]
     owners = [i for i, own in enumerate(asked) for _ in own]
     prompts = [workload.ids(bench.args.seed, bench.spec.vocab_size, n, "answer", i) for i, n in enumerate(n for own in asked for n in own)]
-    lora = adapters(bench, count)
-    rows = count * max(map(len, asked))
-    cases: dict[str, Callable[[], Any]] = {
-        "answers": functools.partial(decode, bench, prompts, tokens, rows, owners, lora),
-        "first": functools.partial(decode, bench, prompts, 1, rows, owners, lora),
-    }
-    alone = [p for p, owner in zip(prompts, owners, strict=True) if owner == 0]
-    more: dict[str, Any] = {}
-    if peer is not None:
-        peer.attach(bench.lora, jax.tree.map(lambda x: x[0], lora))
-        cases["peft"] = functools.partial(peer.generate, alone, tokens)
-        more = check(bench, peer, alone, decode(bench, prompts, tokens, rows, owners, lora))
-    took = common.interleave(cases, bench.args.repeats, bench.until(0.97))
-    rate = len(prompts) * tokens / statistics.median(took["answers"])
-    if "peft" in took:
-        theirs = len(alone) * tokens / statistics.median(took["peft"])
-        bench.add("peft-generate", k=1, tokens_per_s=theirs, **common.figures(took["peft"]))
-        more |= {"peer": "peft-generate", "ratio": rate / theirs}
-    share = roofline(bench, took["answers"], took["first"], prompts, count) if "first" in took else None
-    bench.add(f"answers-e{count}", k=count, tokens_per_s=rate, bandwidth_share=share, **common.figures(took["answers"]), **more)
+    found = ours(bench, f"answers-e{count}", count, prompts, count * max(map(len, asked)), bench.until(0.6), owners, lora)
+    alone = owners.count(0)
+    return dataclasses.replace(found[0], prompts=prompts[:alone], outputs=found[0].outputs[:alone]) if found else None
+
+
+def one_adapter(bench: Bench, peer: peers.Peer, x: Ours, adapter: Any) -> None:
+    """PEFT's adapters one after another, each with its questions in one batch: one of them is timed. The peer keeps the adapter."""
+    if not common.in_time("peft-generate", bench.until(0.9)):
+        return
+    peer.attach(bench.lora, adapter)
+    more = check(bench, peer, x.prompts, x.outputs)
+    cases = {"peft": functools.partial(peer.generate, x.prompts, bench.args.tokens)}
+    for seconds in common.interleave(cases, bench.args.repeats, bench.until(0.97)).values():
+        rate = len(x.prompts) * bench.args.tokens / statistics.median(seconds)
+        bench.add("peft-generate", k=1, tokens_per_s=rate, **common.figures(seconds))
+        bench.add(f"{x.case}-vs-peft", k=x.k, tokens_per_s=x.rate, peer="peft-generate", ratio=x.rate / rate, **more)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import numpy as np
 
 from seal_jax import rng
 from seal_jax.config import FitConfig
-from seal_jax.fit.engine import FitJob, Tokens
+from seal_jax.fit import plan
+from seal_jax.fit.engine import ADMIT, FitJob, Tokens
 
 CONTEXTS, EDITS, SEEDS = 50, 5, 3
 ANSWER_TOKENS = 64
@@ -116,6 +117,30 @@ def near_mean(edits: Sequence[Edit], contexts: int) -> list[Edit]:
     mean = np.mean([sum(e.sequences) for e in edits])
     gap = {c: abs(np.mean([sum(e.sequences) for e in own]) - mean) for c, own in by_context.items()}
     return [e for c in sorted(sorted(gap, key=lambda c: (gap[c], c))[:contexts]) for e in by_context[c]]
+
+
+def nearest(edits: Sequence[Edit], count: int) -> list[Edit]:
+    """The `count` edits whose tokens are nearest to the mean of all."""
+    mean = np.mean([sum(e.sequences) for e in edits])
+    return sorted(edits, key=lambda e: (abs(sum(e.sequences) - mean), e.key))[:count]
+
+
+def planned(
+    edits: Sequence[Edit], *, slots: int, tokens_per_step: int, lengths: Sequence[int], epochs: int = 10, seed: int = 0
+) -> tuple[plan.Waste, set[tuple[int, int]]]:
+    """What fitting the edits wastes, and the (length, rows) of its steps, each a program to compile: as `FitEngine` plans it, reckoned
+    without a device."""
+    orders = [plan.epoch_orders(len(e.sequences), epochs, 1, rng.generator(seed, *e.key, "order")) for e in edits]
+    real = [[e.sequences[i] - 1 for step in order for i in step] for e, order in zip(edits, orders, strict=True)]
+    padded = [[plan.padded_length(n, lengths) for n in steps] for steps in real]
+    slots = min(slots, -(-len(edits) // ADMIT) * ADMIT if len(edits) > 1 else 1)
+    waste, programs = plan.Waste(), set()
+    for action in plan.Schedule(padded, slots, 1, tokens_per_step):
+        if isinstance(action, plan.Step):
+            waste.slots, waste.steps = waste.slots + action.length * action.rows, waste.steps + 1
+            waste.tokens += sum(real[e][n] for e, n in zip(action.edits, action.numbers, strict=True))
+            programs.add((action.length, action.rows))
+    return waste, programs
 
 
 def ids(seed: int, vocab: int, length: int, *parts: str | int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from seal_jax.fit import engine, memory, plan
 from seal_jax.fit.step import empty_state
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import resolve_dtype
+from seal_jax.models.dtypes import resolve_dtype
 from seal_jax.models.spec import from_hf
 from seal_jax.models.tree import leaves, nest
 from seal_jax.parallel import mesh

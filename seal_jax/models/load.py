@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import pathlib
 from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from seal_jax.config import ModelConfig
 from seal_jax.errors import SealError
 from seal_jax.models import embedded, hf
-from seal_jax.models.gguf import read_gguf
+from seal_jax.models.dtypes import resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.models.tree import get as get_leaf
@@ -38,6 +33,8 @@ def load_model(config: ModelConfig, sharding: hf.Sharding | None = None) -> Mode
     dtype = resolve_dtype(config.dtype)
     path = embedded.fetch() if config.name == "embedded" else hf.resolve(config.name)
     if path.is_file():
+        from seal_jax.models.gguf import read_gguf  # its package is needed for such a file alone
+
         spec, host, tokenizer = read_gguf(path)
         params = _place(host, spec, dtype, sharding)
     else:
@@ -46,32 +43,6 @@ def load_model(config: ModelConfig, sharding: hf.Sharding | None = None) -> Mode
     if tokenizer.vocab_size > spec.vocab_size:
         raise SealError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {spec.vocab_size}; they do not belong together")
     return Model(spec, params, tokenizer, config.name)
-
-
-def resolve_dtype(name: str) -> Any:
-    """The dtype of the weights: "float32", "bfloat16", or "auto", which is bfloat16 where products of it are fast.
-
-    That is on accelerators, and on CPUs with matrix units for it (Intel's AMX).
-    """
-    if name == "auto":
-        name = "bfloat16" if jax.default_backend() != "cpu" or _cpu_has_amx() else "float32"
-    return jnp.dtype(name)
-
-
-def activation_dtype(weights: Any) -> Any:
-    """The dtype that a decoder with `weights` of some dtype computes in: the same, but float32 on CPU.
-
-    A CPU has no other arithmetic: bfloat16 activations would be converted to and fro; only products with bfloat16 weights may be fast.
-    """
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(weights)
-
-
-@functools.cache
-def _cpu_has_amx() -> bool:
-    try:
-        return "amx_bf16" in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
 
 
 def _place(host: dict[str, Any], spec: DecoderSpec, dtype: Any, sharding: hf.Sharding | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from seal_jax.config import RunConfig
 from seal_jax.fit import memory, plan
 from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine, Tokens
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import activation_dtype, resolve_dtype
+from seal_jax.models.dtypes import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import leaves, nest
 from seal_jax.parallel import collectives, cost

@@ -21,7 +21,8 @@ from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, collection, t
 from seal_jax.fit.plan import padded_length
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
-from seal_jax.models.load import Model, activation_dtype
+from seal_jax.models.dtypes import activation_dtype
+from seal_jax.models.load import Model
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.parallel import chips, cost, processes
 from seal_jax.parallel import mesh as mesh_lib

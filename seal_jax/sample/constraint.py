@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import outlines_core
 
 from seal_jax.errors import SealError
 from seal_jax.models.folder import one_line
@@ -84,6 +83,8 @@ def _byte_automaton(regex: str) -> tuple[np.ndarray, np.ndarray]:
       empty match will do, if nothing better is found, none is looked for.
     - It drops the step away from that empty match; here that is one between the two NULs in front, which together are one token.
     """
+    import outlines_core  # here alone, so that the sampler runs without it where nothing is constrained
+
     end, front = 256, 257  # the library asks for an end token; it loops in the final states
     vocabulary = outlines_core.Vocabulary(end, {bytes([b]): [b] for b in range(256)} | {b"\0\0": [front]})
     try:

@@ -66,6 +66,36 @@ def test_interleave_ends_in_time(capsys):
     assert "left out, no time: b" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 24 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),  # torch's own class is one of RuntimeError
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_cases_without_room_are_left_out(error, capsys):
+    def fail(calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    def never():
+        raise error
+
+    took = common.interleave({"never": never, "once": fail, "ever": lambda: None}, 2, time.monotonic() + 60)
+    assert list(took) == ["ever"] and len(took["ever"]) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if "left out" in line] == [
+        "left out, no room on the device: never",
+        "left out, no room on the device: once",
+    ]
+
+
+def test_other_errors_are_not_taken_for_want_of_room():
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        common.interleave({"a": lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: fault"))}, 1, 0.0, warm=["a"])
+
+
 def test_figures():
     assert common.figures([2.0, 1.0, 1.5]) == {"seconds": 1.5, "spread": pytest.approx(2 / 3), "repeats": 3}
 

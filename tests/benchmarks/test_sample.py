@@ -9,8 +9,13 @@ def test_our_side_alone(measure):
 
 def test_beside_the_peer(measure, torch_peer):
     rows, _ = measure(sample.main)
-    for case, peer in {"decode-r4": "transformers-generate", "decode-r1": "transformers-generate", "answers-e2": "peft-generate"}.items():
-        assert rows[case]["peer"] == peer and rows[case]["check"] == "ok" and abs(rows[case]["regret"]) < 1e-4
+    ours = ["decode-r4", "decode-r1", "answers-e2"]
+    assert list(rows)[:3] == ours, "before the peer has begun"
+    for case in ours:
+        name, peer = ("peft", "peft-generate") if case == "answers-e2" else ("transformers-generate",) * 2
+        row = rows[f"{case}-vs-{name}"]
+        assert row["peer"] == peer and row["check"] == "ok" and abs(row["regret"]) < 1e-4
+        assert row["k"] == rows[case]["k"] and row["tokens_per_s"] == rows[case]["tokens_per_s"]
     assert {"transformers-generate-r4", "transformers-generate-r1", "peft-generate"} < set(rows)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import workload
-from seal_jax.config import FitConfig
+from seal_jax.config import LENGTHS, FitConfig
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -56,6 +56,20 @@ def test_contexts_near_the_mean():
     chosen = workload.near_mean(edits, 4)
     assert len(chosen) == 60 and len({e.context for e in chosen}) == 4
     assert abs(np.mean([sum(e.sequences) for e in chosen]) / 371 - 1) < 0.03
+
+
+def test_the_nearest_to_the_mean():
+    edits = workload.make_round(contexts=6)
+    mean = np.mean([sum(e.sequences) for e in edits])
+    gaps = sorted(abs(sum(e.sequences) - mean) for e in edits)
+    assert [abs(sum(e.sequences) - mean) for e in workload.nearest(edits, 4)] == gaps[:4]
+
+
+@pytest.mark.parametrize(("slots", "tokens"), [(64, 512), (64, 2048), (150, 4096)])
+def test_little_padding(slots, tokens):
+    """With the library's lengths; 150 slots and 4,096 tokens are those of the 7B config."""
+    waste, programs = workload.planned(workload.make_round(), slots=slots, tokens_per_step=tokens, lengths=LENGTHS)
+    assert waste.share <= 0.25 and len(programs) <= 3 * len({length for length, _ in programs})
 
 
 def test_files_of_the_original_form_are_counted(tmp_path, monkeypatch, tiny_model):

@@ -106,15 +106,15 @@ def workload(seed=0, count=750, epochs=10):
     return steps
 
 
-@pytest.mark.parametrize("tokens", [512, 2048])
-def test_little_padding_on_a_workload_like_the_originals(tokens):
+@pytest.mark.parametrize(("slots", "tokens"), [(64, 512), (64, 2048), (150, 4096)])
+def test_little_padding_on_a_workload_like_the_originals(slots, tokens):
     real = workload()
     every = np.concatenate(real)
     assert len(every) / len(real) / 10 == pytest.approx(8.3, abs=0.3) and every.mean() == pytest.approx(44, abs=3)
     assert np.quantile(every, [0.5, 0.9, 0.99]) == pytest.approx([29, 100, 255], rel=0.1)
     padded = [[plan.padded_length(x) for x in steps] for steps in real]
     waste, shapes = plan.Waste(), set()
-    for action in plan.Schedule(padded, 64, 1, tokens):
+    for action in plan.Schedule(padded, slots, 1, tokens):
         if isinstance(action, plan.Step):
             waste.slots += action.rows * action.length
             waste.tokens += sum(real[e][n] for e, n in zip(action.edits, action.numbers, strict=True))

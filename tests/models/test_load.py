@@ -82,20 +82,6 @@ def test_parameters_are_placed_as_asked(gguf_file):
     assert len(asked) == len(jax.tree.leaves(model.params))
 
 
-def test_auto_dtype_depends_on_the_device(monkeypatch):
-    """Weights in bfloat16 where products of it are fast; a CPU computes the rest in float32 in any case."""
-    for backend, matrix_units, weights, activations in (
-        ("cpu", False, jnp.float32, jnp.float32),
-        ("cpu", True, jnp.bfloat16, jnp.float32),
-        ("tpu", False, jnp.bfloat16, jnp.bfloat16),
-    ):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        monkeypatch.setattr(load, "_cpu_has_amx", lambda has=matrix_units: has)
-        assert load.resolve_dtype("auto") == weights
-        assert load.activation_dtype(weights) == activations
-        assert load.resolve_dtype("float32") == jnp.float32
-
-
 def test_a_tokenizer_of_another_model_is_refused(checkpoints, tmp_path, make_tokenizer):
     folder = shutil.copytree(checkpoints["smollm2"], tmp_path / "copy")
     tokenizer = make_tokenizer()

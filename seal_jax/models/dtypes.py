@@ -1,0 +1,36 @@
+"""Which arithmetic a model is kept and computed in."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def resolve_dtype(name: str) -> Any:
+    """The dtype of the weights: "float32", "bfloat16", or "auto", which is bfloat16 where products of it are fast.
+
+    That is on accelerators, and on CPUs with matrix units for it (Intel's AMX).
+    """
+    if name == "auto":
+        name = "bfloat16" if jax.default_backend() != "cpu" or _cpu_has_amx() else "float32"
+    return jnp.dtype(name)
+
+
+def activation_dtype(weights: Any) -> Any:
+    """The dtype that a decoder with `weights` of some dtype computes in: the same, but float32 on CPU.
+
+    A CPU has no other arithmetic: bfloat16 activations would be converted to and fro; only products with bfloat16 weights may be fast.
+    """
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(weights)
+
+
+@functools.cache
+def _cpu_has_amx() -> bool:
+    try:
+        return "amx_bf16" in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
