@@ -89,21 +89,20 @@ def loss_gap(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
 def with_room(bench: Bench, slots: int, jobs: Sequence[FitJob]) -> int:
     """`slots`, or as many as the device has room for beside the adapters that come of `jobs`, said in a line.
 
-    The compiler is asked for the two largest programs with `slots`, which fits run anyway, and for others only where those are too large.
-    A CPU is not asked: its memory is plenty and its compiler slow.
+    The compiler is asked for the largest programs with `slots`, and for others only where those are too large. A CPU is not asked: its
+    memory is plenty and its compiler slow.
     """
     if bench.on_cpu:
         return slots
     asked = engine(bench, slots)
     length = max(plan.padded_length(len(s.ids) - 1, asked.lengths) for job in jobs for s in job.sequences)
     try:
-        if memory.has_room(asked, bench.params, length, slots, len(jobs)):
-            return slots
-        found = min(slots, memory.slots_that_fit(asked, bench.params, length, len(jobs)))
+        found = memory.slots_that_fit(asked, bench.params, length, max(slots, len(jobs)), most=slots)
     except SealError as error:
         print(f"# {slots} slots, as asked for: {error}")
         return slots
-    print(f"# {found} slots, not {slots}: no more fit into the device's memory")
+    if found < slots:
+        print(f"# {found} slots, not {slots}: no more fit into the device's memory")
     return found
 
 

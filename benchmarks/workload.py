@@ -22,7 +22,7 @@ import numpy as np
 from seal_jax import rng
 from seal_jax.config import FitConfig
 from seal_jax.fit import plan
-from seal_jax.fit.engine import ADMIT, FitJob, Tokens
+from seal_jax.fit.engine import FitJob, Tokens
 
 CONTEXTS, EDITS, SEEDS = 50, 5, 3
 ANSWER_TOKENS = 64
@@ -133,9 +133,8 @@ def planned(
     orders = [plan.epoch_orders(len(e.sequences), epochs, 1, rng.generator(seed, *e.key, "order")) for e in edits]
     real = [[e.sequences[i] - 1 for step in order for i in step] for e, order in zip(edits, orders, strict=True)]
     padded = [[plan.padded_length(n, lengths) for n in steps] for steps in real]
-    slots = min(slots, -(-len(edits) // ADMIT) * ADMIT if len(edits) > 1 else 1)
     waste, programs = plan.Waste(), set()
-    for action in plan.Schedule(padded, slots, 1, tokens_per_step):
+    for action in plan.Schedule(padded, plan.slots_for(len(edits), slots), 1, tokens_per_step):
         if isinstance(action, plan.Step):
             waste.slots, waste.steps = waste.slots + action.length * action.rows, waste.steps + 1
             waste.tokens += sum(real[e][n] for e, n in zip(action.edits, action.numbers, strict=True))

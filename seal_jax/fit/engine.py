@@ -317,8 +317,7 @@ class _Fit:
         most = max(number, default=0)
         self.room = -(-most // ADMIT) * ADMIT if most > 1 else 1
         self.places += np.asarray(shard_of, int) * self.room
-        # Nearly as many jobs as slots have the programs of as many: a group that lost a few edits must not compile anew.
-        self.slots = engine.slots if 2 * most > engine.slots else min(engine.slots, plan.power_of_two(most))
+        self.slots = plan.slots_for(most, engine.slots)
         self._schedule = functools.partial(
             plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards, engine.shared
         )

@@ -146,15 +146,18 @@ def enough_slots(engine: FitEngine, edits: int) -> int:
     return max(1, engine.most_rows(min(engine.lengths), edits) // 4)
 
 
-def slots_that_fit(engine: FitEngine, params: Any, length: int, edits: int, *, held: int = 0, limit: float | None = None) -> int:
-    """How many slots a shard an engine may have to fit `edits` edits a shard, sequences padded to at most `length` tokens.
+def slots_that_fit(
+    engine: FitEngine, params: Any, length: int, edits: int, *, most: int | None = None, held: int = 0, limit: float | None = None
+) -> int:
+    """How many slots a shard, `most` (default: `edits`) at most, an engine may have to fit `edits` edits a shard, sequences padded to at
+    most `length` tokens.
 
     `held`: bytes a device that are neither the weights nor the engine's while it fits. `limit`: bytes a device, default
     `device_limit`. The adapters that come of the `edits` are counted. Raises `SealError` if not even one slot fits.
     """
     limit = device_limit(engine.mesh) if limit is None else limit
     bytes_of = _beside(engine, params, length, edits, held)
-    found = most_near(bytes_of, limit, edits, 3 * adapter_bytes(engine))
+    found = most_near(bytes_of, limit, edits if most is None else min(most, edits), 3 * adapter_bytes(engine))
     if found is None:
         raise SealError(
             f"one edit of {length} tokens takes {bytes_of(1) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} GiB are to be had; "

@@ -88,16 +88,17 @@ def test_slots_are_cut_to_what_the_device_holds(monkeypatch, capsys):
     jobs = [types.SimpleNamespace(sequences=[fit.Tokens(tuple(range(n)))]) for n in (30, 50)]
     monkeypatch.setattr(fit, "engine", lambda bench, slots: types.SimpleNamespace(lengths=(32, 64)))
     monkeypatch.setattr(
-        memory, "has_room", lambda engine, params, length, slots, edits: asked.append((length, slots, edits)) or slots <= 40
+        memory, "slots_that_fit", lambda engine, params, length, edits, most: asked.append((length, edits, most)) or min(most, 40)
     )
-    monkeypatch.setattr(memory, "slots_that_fit", lambda engine, params, length, edits: 40)
     assert (fit.with_room(bench, 64, jobs), fit.with_room(bench, 16, jobs)) == (40, 16)
-    assert asked == [(64, 64, 2), (64, 16, 2)] and "# 40 slots, not 64" in capsys.readouterr().out
+    assert asked == [(64, 64, 64), (64, 16, 16)] and capsys.readouterr().out.splitlines() == [
+        "# 40 slots, not 64: no more fit into the device's memory"
+    ]
 
-    def silent(*_):
+    def silent(*_, **__):
         raise SealError("cpu does not tell how much memory it has")
 
-    monkeypatch.setattr(memory, "has_room", silent)
+    monkeypatch.setattr(memory, "slots_that_fit", silent)
     assert fit.with_room(bench, 64, jobs) == 64, "where nobody tells, what was asked for"
 
 
