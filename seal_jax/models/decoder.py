@@ -30,7 +30,7 @@ REMAT = {
 }
 
 
-QUERIES = 512  # tokens of a long row that attend at once: the square of all with all is never in memory, forward or backward
+QUERIES = 512  # tokens that attend at once in rows of twice as many or more: their square is never in memory, forward or backward
 PACKED = jnp.uint16  # see `packed`
 LANES = 128  # of a TPU: the length of an axis of a cache should be a multiple of them
 HIDDEN = float(np.finfo(np.float32).min)  # the logit of a key that is not seen
@@ -135,10 +135,16 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, first
     float32. Returns [B, T, H, h].
     """
     rows, count, heads, width = q.shape
-    if count > 2 * QUERIES and count % QUERIES == 0:
-        parts = lambda x: x.reshape(rows, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    if count >= 2 * QUERIES:
+        rest = -count % QUERIES  # queries of zeros at position 0, which see one key, and are cut off again
+
+        def parts(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, [(0, 0), (0, rest), *[(0, 0)] * (x.ndim - 2)])
+            return x.reshape(rows, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)
+
         one = jax.checkpoint(lambda part: attend(part[0], k, v, *part[1:]), prevent_cse=False)
-        return jax.lax.map(one, jax.tree.map(parts, (q, positions, first))).swapaxes(0, 1).reshape(q.shape)
+        out = jax.lax.map(one, jax.tree.map(parts, (q, positions, first))).swapaxes(0, 1)
+        return out.reshape(rows, count + rest, heads, width)[:, :count]
     groups, length = k.shape[1], k.shape[3]
     visible = jnp.arange(length)[None, None, :] <= positions[:, :, None]
     if first is not None:

@@ -37,18 +37,18 @@ class Rows(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """P prefilled prompts for each of E adapters."""
+    """A x P prefilled prompts, those at an entry A by one adapter. Rows find theirs by its number p = a * P + p', counted in the shard."""
 
-    cache: Cache  # k [N, E, P, G, h, L], v [N, E, P, G, L, h]
-    logits: jax.Array  # [E, P, V] float32, after the prompt's last token
-    length: jax.Array  # [E, P] int32
+    cache: Cache  # k [N, A, P, G, h, L], v [N, A, P, G, L, h]
+    logits: jax.Array  # [A, P, V] float32, after the prompt's last token
+    length: jax.Array  # [A, P] int32
 
 
 class Starts(NamedTuple):
     """Q requests to start for each adapter. Leaves [E, Q, ...]."""
 
     row: jax.Array  # int32, the row that the request gets; R or more: there is no request. Those that are none come last
-    source: jax.Array  # int32, its prompt in the prefix
+    source: jax.Array  # int32, the number of its prompt in the prefix
     limit: jax.Array  # int32
     state: jax.Array  # int32, the state that its constraint starts in; 0: none
     sampling: Sampling
@@ -69,8 +69,7 @@ def empty(decoder: Decoder, mesh: Mesh, adapters: int, rows: int, length: int, o
 
 @functools.cache
 def _empty(decoder: Decoder, mesh: Mesh, *shape: int) -> Any:
-    make = functools.partial(_rows, decoder, *shape)
-    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), mesh))
+    return jax.jit(lambda: _placed(_rows(decoder, *shape), mesh))  # as `insert` and `decode` place them: to the same program for both
 
 
 def _shardings(tree: Any, mesh: Mesh) -> Any:
@@ -95,33 +94,45 @@ def _rows(decoder: Decoder, adapters: int, rows: int, length: int, out: int) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=compiler.OPTIONS)
-def prefill(decoder: Decoder, mesh: Mesh, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
-    """Prompts `tokens` [E, P, L] int32, right-padded, of `length` [E, P] tokens, read by their adapters (`lora` [E, ...] or None)."""
+def prefill(
+    decoder: Decoder, mesh: Mesh, params: Any, lora: Any, tokens: jax.Array, length: jax.Array, places: jax.Array | None = None
+) -> Prefix:
+    """Prompts `tokens` [A, P, L] int32, right-padded, of `length` [A, P] tokens, read by their adapters: those at `places` [A] int32 of
+    `lora` [E, ...] (or None), counted within their shard; without `places`, A = E and each reads its own."""
     shard = functools.partial(_prefill, decoder)
-    deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, EDITS, EDITS), PREFIX)
-    return _placed(deal(params, lora, tokens, length), mesh)
+    deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, EDITS, EDITS, EDITS), PREFIX)
+    return _placed(deal(params, lora, tokens, length, places), mesh)
 
 
-def _prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array) -> Prefix:
+def _prefill(decoder: Decoder, params: Any, lora: Any, tokens: jax.Array, length: jax.Array, places: jax.Array | None) -> Prefix:
     def one(lora: Any, tokens: jax.Array, length: jax.Array) -> tuple[Cache, jax.Array]:
         hidden, entries = decoder.apply(_variables(params, lora), tokens, entries=True)
         last = jnp.take_along_axis(hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
         return filled(entries), logits(params, last)
 
+    if places is not None:
+        lora = jax.tree.map(lambda x: x[places], lora)
     cache, last = jax.vmap(one, out_axes=(1, 0))(lora, tokens, length)
     return Prefix(cache, last, length)
 
 
+def _read(prefix: Prefix, source: jax.Array) -> Cache:
+    """The caches of the prompts with the numbers `source` [Q]: k [N, Q, G, h, L], v [N, Q, G, L, h]."""
+    a, p = jnp.divmod(source, prefix.length.shape[1])
+    return jax.tree.map(lambda x: x[:, a, p], prefix.cache)
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
-def only(mesh: Mesh, prefix: Prefix, index: jax.Array) -> Prefix:
-    """A prefix of one prompt for each adapter: the one at `index` [E] int32."""
+def only(mesh: Mesh, prefix: Prefix, source: jax.Array) -> Prefix:
+    """A prefix of some of the prompts, those with the numbers `source` [Q] int32, at an entry each."""
 
-    def shard(prefix: Prefix, index: jax.Array) -> Prefix:
-        e = jnp.arange(index.shape[0])
-        cache = jax.tree.map(lambda x: x[:, e, index][:, :, None], prefix.cache)
-        return Prefix(cache, prefix.logits[e, index][:, None], prefix.length[e, index][:, None])
+    def shard(prefix: Prefix, source: jax.Array) -> Prefix:
+        cache = jax.tree.map(lambda x: x[:, :, None], _read(prefix, source))
+        return Prefix(
+            cache, prefix.logits.reshape(-1, prefix.logits.shape[-1])[source][:, None], prefix.length.reshape(-1)[source][:, None]
+        )
 
-    return _placed(mesh_lib.over_edits(shard, mesh, (PREFIX, EDITS), PREFIX)(prefix, index), mesh)
+    return _placed(mesh_lib.over_edits(shard, mesh, (PREFIX, EDITS), PREFIX)(prefix, source), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -129,7 +140,29 @@ def take(mesh: Mesh, dtype: jnp.dtype, lora: Any, index: jax.Array) -> Any:
     """The adapters at `index` [E] int32 of the stacked `lora`, counted within their shard, in the `dtype` of the activations: what each
     product would round them to, but once instead of at every token."""
     one = lambda lora, index: jax.tree.map(lambda x: x[index].astype(dtype), lora)  # noqa: E731
-    return mesh_lib.over_edits(one, mesh, (EDITS, EDITS))(lora, index)
+    return _as_adapters(mesh_lib.over_edits(one, mesh, (EDITS, EDITS))(lora, index), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(1,))
+def exchange(mesh: Mesh, own: Any, lora: Any, index: jax.Array, places: jax.Array) -> Any:
+    """What `take` gave, with the adapters at `index` [Q] of `lora` in the `places` [Q] of others; a place of E or more: none."""
+
+    def shard(own: Any, lora: Any, index: jax.Array, places: jax.Array) -> Any:
+        return jax.tree.map(lambda x, y: x.at[places].set(y[index].astype(x.dtype), mode="drop"), own, lora)
+
+    return _as_adapters(mesh_lib.over_edits(shard, mesh, (EDITS, EDITS, EDITS, EDITS))(own, lora, index, places), mesh)
+
+
+def _as_adapters(lora: Any, mesh: Mesh) -> Any:
+    """Inside a program: stacked adapters, where they belong."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), lora)
+    return jax.lax.with_sharding_constraint(lora, mesh_lib.adapter_shardings(mesh, one))
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def drawn(mesh: Mesh, out: jax.Array, row: jax.Array) -> jax.Array:
+    """Of `Rows.out`, the rows `row` [Q] int32, numbered e * R + r within their shard: [Q, O]."""
+    return mesh_lib.over_edits(lambda out, row: out.reshape(-1, out.shape[-1])[row], mesh, (EDITS, EDITS))(out, row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -154,16 +187,17 @@ def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, g
 
     def copy(i: jax.Array, cache: Cache) -> Cache:
         """The caches of the i-th request of every adapter: one at a time, so that no second copy of them all is made."""
-        row, source = starts.row[:, i], starts.source[:, i]
+        row, own = starts.row[:, i], _read(prefix, starts.source[:, i])
         return Cache(
-            cache.k.at[:, e, row, :, :, :width].set(prefix.cache.k[:, e, source], mode="drop"),
-            cache.v.at[:, e, row, :, :width].set(prefix.cache.v[:, e, source], mode="drop"),
+            cache.k.at[:, e, row, :, :, :width].set(own.k, mode="drop"),
+            cache.v.at[:, e, row, :, :width].set(own.v, mode="drop"),
         )
 
     most = jnp.max(jnp.sum(starts.row < rows.last.shape[1], axis=1))
+    scores, lengths = prefix.logits.reshape(-1, prefix.logits.shape[-1]), prefix.length.reshape(-1)
 
-    def one(rows: Rows, prefix: Prefix, starts: Starts) -> Rows:
-        token = pick(_masked(prefix.logits[starts.source], guide, starts.state), starts.sampling, jnp.zeros_like(starts.source))
+    def one(rows: Rows, starts: Starts) -> Rows:
+        token = pick(_masked(scores[starts.source], guide, starts.state), starts.sampling, jnp.zeros_like(starts.source))
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[starts.row].set(new, mode="drop")
@@ -171,7 +205,7 @@ def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, g
         return Rows(
             cache=rows.cache,
             last=put(rows.last, token),
-            position=put(rows.position, prefix.length[starts.source]),
+            position=put(rows.position, lengths[starts.source]),
             drawn=put(rows.drawn, jnp.ones_like(token)),
             limit=put(rows.limit, starts.limit),
             done=put(rows.done, _is_stop(token, stop) | (starts.limit <= 1)),
@@ -181,7 +215,7 @@ def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, g
         )
 
     cache = jax.lax.fori_loop(0, most, copy, rows.cache)
-    return jax.vmap(one)(rows._replace(cache=()), prefix._replace(cache=()), starts)._replace(cache=cache)
+    return jax.vmap(one)(rows._replace(cache=()), starts)._replace(cache=cache)
 
 
 def _masked(logits: jax.Array, guide: Guide | None, state: jax.Array) -> jax.Array:

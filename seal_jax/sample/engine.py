@@ -1,49 +1,34 @@
-"""Generation for many requests and many adapters: queues on the host, `decode` on the device.
+"""Generation for many requests and many adapters: `queues` on the host, `decode` on the device.
 
-Requests of one adapter share its rows; a row that ends takes the adapter's next request at the next look of the host, so that a few long
-sequences do not hold up the rest. A prompt of an adapter is prefilled once, however many requests have it and whenever they start. Caches
-are as long as the sequences in them, and not as those may become. A request's tokens depend on its prompt, adapter, key, sampling and
-constraint alone.
+Adapters have places on the device, with some rows each. A row that ends takes the adapter's next request at the next look of the host, and
+a place whose adapter has no more takes another adapter: so a few long sequences, or a few adapters with many requests, do not hold up the
+rest. A prompt of an adapter is prefilled once, however many requests have it at a time, and no more tokens at once than keep the device
+busy. Caches are as long as the sequences in them, and not as those may become. A request's tokens depend on its prompt, adapter, key,
+sampling and constraint alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax.fit.plan import deal, padded_length
+from seal_jax.fit.plan import padded_length
 from seal_jax.models.decoder import LANES, Cache, Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode as device
+from seal_jax.sample import queues
 from seal_jax.sample.constraint import Constraint, guide
 from seal_jax.sample.logits import Guide, Sampling
+from seal_jax.sample.queues import Prompt, Reading, Request, Start
 
 LOOK = 16  # tokens between the host's looks at who is done
 SHORT = 512  # positions that a cache has before it grows, to twice as many each time; longer prompts apart
-FEW = 8  # requests that start together in a program for few; for more there is one for as many as there are rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One sequence to generate. `key` is a raw threefry key ([2] uint32, see `seal_jax.rng.words`); greedy at temperature 0.
-
-    Under a `constraint` (`seal_jax.sample.constraint.for_schema`), the tokens spell a text that it matches, or the limit cut them short.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    key: tuple[int, int] = (0, 0)
-    adapter: int = 0
-    constraint: Constraint | None = None
+FEW = 8  # of a shard, what a program for few starts, exchanges or reads at once; for more there is one for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,55 +63,25 @@ def generate(
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
     _check(requests, stop, count)
     results: list[Generated | None] = [None] * len(requests)
-    shards = _queues(requests, count, mesh_lib.shards(mesh))
-    if not any(shards):
+    if not requests:
         return []
-    each = min(rows, max(len(queue) for queues in shards for queue in queues.values()))
-    # No more than there are, but for a rounding that keeps the number of programs small.
-    at_once = min(max(1, rows // each), _power_of_two(max(map(len, shards))))
-    model = _Model(decoder, mesh, packed(params), tuple(stop), *_guide(requests, stop, decoder.spec.vocab_size, mesh))
+    shares = queues.shares(requests, count, mesh_lib.shards(mesh))
+    adapter = _size(lora) / count / _size(params) if count else 0.0
+    line = queues.Queues(shares, *queues.layout(shares, rows, adapter))
+    model = _Model(decoder, mesh, packed(params), lora, tuple(stop), *_guide(requests, stop, decoder.spec.vocab_size, mesh))
     left = len(requests)
-    for start in range(0, max(map(len, shards)), at_once):
-        group: list[int | None] = []  # the adapters of the pool, as many from each shard
-        for queues in shards:
-            here = sorted(queues)[start : start + at_once]
-            group += [*here, *[None] * (at_once - len(here))]
-        own = None
-        if lora is not None:
-            local = np.asarray([(a or 0) % (count // len(shards)) for a in group], np.int32)
-            own = device.take(mesh, decoder.dtype, lora, mesh_lib.put(local, mesh_lib.edit_sharding(mesh)))
-        waiting = [[] if a is None else shards[i // at_once][a] for i, a in enumerate(group)]
-        pool = _Pool(model, own, requests, waiting, each)
-        for ended in pool.run():
-            for i, generated in ended:
-                results[i] = generated
-            left -= len(ended)
-            if progress is not None and ended:
-                tokens = sum(len(generated.tokens) + generated.stopped for _, generated in ended)
-                progress(len(ended), tokens=tokens, waiting=left - len(pool.owner))
+    for ended in _Pool(model, requests, line).run():
+        for i, generated in ended:
+            results[i] = generated
+        left -= len(ended)
+        if progress is not None and ended:
+            tokens = sum(len(generated.tokens) + generated.stopped for _, generated in ended)
+            progress(len(ended), tokens=tokens, waiting=left - len(line.owner))
     return results  # type: ignore[return-value]
 
 
-def _queues(requests: Sequence[Request], adapters: int, shards: int) -> list[dict[int, list[int]]]:
-    """For each shard, the requests of each adapter that it has; without adapters, its share of the requests, under 0.
-
-    Requests that share a prompt stand next to each other, so that no more than one prompt of an adapter has to be kept for later.
-    """
-    order = sorted(range(len(requests)), key=lambda i: (requests[i].adapter, len(requests[i].prompt), requests[i].prompt, i))
-    queues: list[dict[int, list[int]]] = [{} for _ in range(shards)]
-    if adapters:
-        for i in order:
-            queues[requests[i].adapter // (adapters // shards)].setdefault(requests[i].adapter, []).append(i)
-        return queues
-    # Whole prompts, so that each is prefilled once, unless there are fewer of them than shards.
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for i in order:
-        prompts.setdefault(requests[i].prompt, []).append(i)
-    parts = list(prompts.values()) if len(prompts) >= shards else [[i] for i in order]
-    costs = [sum(requests[i].max_tokens for i in part) for part in parts]
-    for part, shard in zip(parts, deal(costs, shards), strict=True):
-        queues[shard].setdefault(0, []).extend(part)
-    return queues
+def _size(tree: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def _check(requests: Sequence[Request], stop: Sequence[int], adapters: int) -> None:
@@ -154,71 +109,84 @@ def cache_length(prompt: int, tokens: int) -> int:
     return -(-max(padded_length(prompt), tokens) // LANES) * LANES
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 class _Model(NamedTuple):
     """What stays the same through a call of `generate`."""
 
     decoder: Decoder
     mesh: Mesh
     params: Any
+    lora: Any  # [K, ...] all adapters, or None
     stop: tuple[int, ...]
     guide: Guide | None
     states: dict[Constraint, int]  # where in the guide each constraint starts
 
 
-class _Start(NamedTuple):
-    """A request that begins: which, in which row of which adapter (both counted within the pool)."""
-
-    adapter: int
-    row: int
-    index: int
+_Key = tuple[int, int, Prompt]  # shard, adapter, prompt
 
 
 class _Pool:
-    """`each` rows for each adapter of `lora` [E, ...] (or the bare model of each shard), and the `queues` [E] that they serve."""
+    """The places of `line` on the device, with their adapters and rows, until all `requests` are served."""
 
-    def __init__(self, model: _Model, lora: Any, requests: Sequence[Request], queues: Sequence[Sequence[int]], each: int):
-        self.model, self.lora, self.requests, self.each, self.size = model, lora, requests, each, len(queues)
-        self.queues = [deque(q) for q in queues]
-        self.owner: dict[tuple[int, int], int] = {}  # (adapter, row) -> the request that has it
-        # (adapter, prompt) -> the prefix that holds it, and where. Only prompts that are still wanted.
-        self.ready: dict[tuple[int, tuple[int, ...]], tuple[device.Prefix, int]] = {}
-        everyone = [requests[i] for queue in queues for i in queue]
-        room = max(len(r.prompt) + r.max_tokens for r in everyone)
-        self.most = cache_length(max(len(r.prompt) for r in everyone), room)  # positions that a row may need
-        self.length: dict[tuple[int, int], int] = {}  # (adapter, row) -> tokens of its sequence, drawn ones included
-        out = _power_of_two(max(r.max_tokens for r in everyone))
-        self.rows = device.empty(model.decoder, model.mesh, self.size, each, self._room(0), out)
+    def __init__(self, model: _Model, requests: Sequence[Request], line: queues.Queues):
+        self.model, self.requests, self.line = model, requests, line
+        self.size, self.shards = len(line.adapter), mesh_lib.shards(model.mesh)
+        self.own: Any = None  # [E, ...] the adapters of the places; None: the bare model
+        self.ready: dict[_Key, tuple[device.Prefix, int]] = {}  # the prefix that holds a prompt, and its number there
+        room = max(len(r.prompt) + r.max_tokens for r in requests)
+        self.most = cache_length(max(len(r.prompt) for r in requests), room)  # positions that a row may need
+        self.length: dict[tuple[int, int], int] = {}  # (place, row) -> tokens of its sequence, drawn ones included
+        out = queues.power_of_two(max(r.max_tokens for r in requests))
+        self.rows = device.empty(model.decoder, model.mesh, self.size, line.each, self._room(0), out)
 
     def run(self) -> Iterator[list[tuple[int, Generated]]]:
-        """Serves the queues to their ends; yields the requests that ended since the last look."""
-        m = self.model
+        """Serves all requests; yields those that ended since the last look."""
+        m, line = self.model, self.line
         while True:
-            starts = self._start()
-            if not self.owner:
+            self._admit(line.admit())
+            starts = line.start()
+            if not line.owner:
                 return
-            steps = LOOK if any(self.queues) else 4 * LOOK
-            # Prompts lie in their prefix padded, as long as the longest of those prefilled together.
-            width = max((prefix.cache.v.shape[-2] for prefix, _ in starts), default=0)
-            self._resize(max(width, *(min(n + steps, self._limit(place)) for place, n in self.length.items())))
-            for prefix, together in starts:
-                self._insert(prefix, together)
-            self._keep([self._prompt(e, queue[0]) for e, queue in enumerate(self.queues) if queue])
+            self.length.update({(s.place, s.row): len(self.requests[s.index].prompt) + 1 for s in starts})
+            steps = LOOK if any(line.waiting) else 4 * LOOK
+            self._begin(starts, steps)
             given = mesh_lib.put(np.int32(steps), mesh_lib.everywhere(m.mesh))
-            self.rows = device.decode(m.decoder, m.stop, m.mesh, m.params, self.lora, self.rows, given, m.guide)
+            self.rows = device.decode(m.decoder, m.stop, m.mesh, m.params, self.own, self.rows, given, m.guide)
             yield self._ended()
 
-    def _limit(self, place: tuple[int, int]) -> int:
-        """The most tokens that the sequence at `place` may come to."""
-        r = self.requests[self.owner[place]]
-        return len(r.prompt) + r.max_tokens
+    def _put(self, tree: Any) -> Any:
+        return mesh_lib.put(tree, mesh_lib.edit_sharding(self.model.mesh))
+
+    def _dealt(self, numbers: Sequence[Sequence[int]], width: int, rest: int = 0) -> np.ndarray:
+        """Some numbers for each shard, `width` of them, filled up with `rest`."""
+        return np.asarray([n for own in numbers for n in [*own, *[rest] * (width - len(own))]], np.int32)
+
+    # --- Adapters ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, taken: list[tuple[int, int]]) -> None:
+        """Brings adapters to the places that they have been given."""
+        m, places = self.model, self.line.places
+        if m.lora is None or not taken:
+            return
+        count = jax.tree.leaves(m.lora)[0].shape[0] // self.shards
+        if self.own is None:
+            index = np.zeros(self.size, np.int32)
+            for place, adapter in taken:
+                index[place] = adapter % count
+            self.own = device.take(m.mesh, m.decoder.dtype, m.lora, self._put(index))
+            return
+        shares = [[(p % places, a % count) for p, a in taken if p // places == shard] for shard in range(self.shards)]
+        width = min(FEW, places)
+        for i in range(0, max(map(len, shares)), width):
+            some = [share[i : i + width] for share in shares]
+            index = self._dealt([[a for _, a in own] for own in some], width)
+            to = self._dealt([[p for p, _ in own] for own in some], width, places)
+            self.own = device.exchange(m.mesh, self.own, m.lora, *self._put((index, to)))
+
+    # --- Room ----------------------------------------------------------------------------------------------------------
 
     def _room(self, tokens: int) -> int:
         """The length of a cache for sequences of so many tokens: one of a few, so that there are few programs."""
-        room = max(SHORT, _power_of_two(tokens))
+        room = max(SHORT, queues.power_of_two(tokens))
         return room if 2 * room <= self.most else self.most
 
     def _resize(self, tokens: int) -> None:
@@ -231,81 +199,115 @@ class _Pool:
             v = device.resize(self.model.mesh, -2, room, v)
             self.rows = self.rows._replace(cache=Cache(k, v))
 
-    def _ended(self) -> list[tuple[int, Generated]]:
-        """Takes the results out of the rows that are done: the one place where the host reads from the device."""
-        done, drawn, out = mesh_lib.fetch((self.rows.done, self.rows.drawn, self.rows.out))
-        ended = []
-        for place, index in list(self.owner.items()):
-            self.length[place] = len(self.requests[index].prompt) + int(drawn[place])
-            if done[place]:
-                del self.owner[place], self.length[place]
-                ids = out[place][: drawn[place]].tolist()
-                stopped = ids[-1] in self.model.stop
-                ended.append((index, Generated(tuple(ids[:-1] if stopped else ids), stopped)))
-        return ended
+    def _limit(self, place: tuple[int, int]) -> int:
+        """The most tokens that the sequence at `place` may come to."""
+        r = self.requests[self.line.owner[place]]
+        return len(r.prompt) + r.max_tokens
 
-    def _start(self) -> list[tuple[device.Prefix, list[_Start]]]:
-        """Gives the free rows to requests from the queues. Returns those, by the prefix that holds their prompts."""
-        starts = []
-        for e, queue in enumerate(self.queues):
-            free = [r for r in range(self.each) if (e, r) not in self.owner]
-            starts += [_Start(e, r, queue.popleft()) for r in free[: len(queue)]]
-        self._prefill(list(dict.fromkeys(self._prompt(s.adapter, s.index) for s in starts)))
-        by_prefix: dict[int, tuple[device.Prefix, list[_Start]]] = {}
-        for s in starts:
-            self.owner[s.adapter, s.row] = s.index
-            self.length[s.adapter, s.row] = len(self.requests[s.index].prompt) + 1
-            prefix, _ = self.ready[self._prompt(s.adapter, s.index)]
-            by_prefix.setdefault(id(prefix), (prefix, []))[1].append(s)
-        return list(by_prefix.values())
+    # --- Prompts -------------------------------------------------------------------------------------------------------
 
-    def _put(self, tree: Any) -> Any:
-        return mesh_lib.put(tree, mesh_lib.edit_sharding(self.model.mesh))
+    def _key(self, start: Start) -> _Key:
+        r = self.requests[start.index]
+        return start.place // self.line.places, r.adapter, r.prompt
 
-    def _prompt(self, adapter: int, index: int) -> tuple[int, tuple[int, ...]]:
-        return adapter, self.requests[index].prompt
+    def _begin(self, starts: list[Start], steps: int) -> None:
+        """Puts requests into their rows, and has those of their prompts read that are not; the caches get room for `steps` more tokens."""
+        new: dict[int, list[Prompt]] = {}
+        where = {self._key(s): s.place for s in starts}
+        for key, place in where.items():
+            if key not in self.ready:
+                new.setdefault(place, []).append(key[2])
+        calls = queues.readings(new, self.line.places, self.shards, self.line.each) if new else []
+        # Prompts lie in their prefix padded, as long as the longest of those read together.
+        widths = [*(c.length for c in calls), *(self.ready[key][0].cache.v.shape[-2] for key in where if key in self.ready)]
+        self._resize(max([*widths, *(min(n + steps, self._limit(place)) for place, n in self.length.items())]))
+        wanted = {(s, a, self.requests[queue[0]].prompt) for s, waiting in enumerate(self.line.waiting) for a, queue in waiting.items()}
+        for call in (None, *calls):  # one by one, so that what was read is in its rows before more is
+            if call is not None:
+                self._prefill(call)
+            by_prefix: dict[int, tuple[device.Prefix, list[Start]]] = {}
+            for s in starts:
+                if self._key(s) in self.ready:
+                    prefix, _ = self.ready[self._key(s)]
+                    by_prefix.setdefault(id(prefix), (prefix, []))[1].append(s)
+            starts = [s for s in starts if self._key(s) not in self.ready]
+            for prefix, together in by_prefix.values():
+                self._insert(prefix, together)
+            self._keep(wanted)
 
-    def _prefill(self, prompts: list[tuple[int, tuple[int, ...]]]) -> None:
-        """Makes `prompts` ready, those that are not."""
-        new: list[list[tuple[int, ...]]] = [[] for _ in range(self.size)]
-        for adapter, prompt in prompts:
-            if (adapter, prompt) not in self.ready:
-                new[adapter].append(prompt)
-        if not any(new):
-            return
-        shape = self.size, min(self.each, _power_of_two(max(map(len, new))))
-        tokens = np.zeros((*shape, padded_length(max(len(p) for own in new for p in own))), np.int32)
-        lengths = np.zeros(shape, np.int32)
-        for e, own in enumerate(new):
-            for p, prompt in enumerate(own):
-                tokens[e, p, : len(prompt)], lengths[e, p] = prompt, len(prompt)
-        prefix = device.prefill(self.model.decoder, self.model.mesh, self.model.params, self.lora, *self._put((tokens, lengths)))
-        self.ready.update({(e, prompt): (prefix, p) for e, own in enumerate(new) for p, prompt in enumerate(own)})
+    def _prefill(self, call: Reading) -> None:
+        m = self.model
+        shape = self.shards * call.width, call.depth
+        tokens, lengths, places = np.zeros((*shape, call.length), np.int32), np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
+        for a, place, prompts in call.entries:
+            places[a] = place % self.line.places
+            for p, prompt in enumerate(prompts):
+                tokens[a, p, : len(prompt)], lengths[a, p] = prompt, len(prompt)
+        given = self._put((tokens, lengths) if call.in_order else (tokens, lengths, places))
+        prefix = device.prefill(m.decoder, m.mesh, m.params, self.own, *given)
+        for a, place, prompts in call.entries:
+            whose, number = (place // self.line.places, self.line.adapter[place] or 0), a % call.width * call.depth
+            self.ready.update({(*whose, prompt): (prefix, number + p) for p, prompt in enumerate(prompts)})
 
-    def _insert(self, prefix: device.Prefix, starts: list[_Start]) -> None:
+    def _insert(self, prefix: device.Prefix, starts: list[Start]) -> None:
         """Puts requests whose prompts are in `prefix` into their rows."""
-        columns = [[s for s in starts if s.adapter == e] for e in range(self.size)]
-        width = self.each if max(map(len, columns)) > FEW else min(FEW, self.each)
+        each = self.line.each
+        columns = [[s for s in starts if s.place == e] for e in range(self.size)]
+        width = each if max(map(len, columns)) > FEW else min(FEW, each)
         shape = (self.size, width)
-        row, source, limit = np.full(shape, self.each, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32)
+        row, source, limit = np.full(shape, each, np.int32), np.zeros(shape, np.int32), np.ones(shape, np.int32)
         state, key, temperature = np.zeros(shape, np.int32), np.zeros((*shape, 2), np.uint32), np.zeros(shape, np.float32)
         top_p, top_k = np.ones(shape, np.float32), np.zeros(shape, np.int32)
         for e, column in enumerate(columns):
             for q, s in enumerate(column):
                 r = self.requests[s.index]
-                source[e, q] = self.ready[e, r.prompt][1]
+                source[e, q] = self.ready[self._key(s)][1]
                 row[e, q], limit[e, q] = s.row, r.max_tokens
                 state[e, q] = 0 if r.constraint is None else self.model.states[r.constraint]
                 key[e, q], temperature[e, q], top_p[e, q], top_k[e, q] = r.key, r.temperature, r.top_p, r.top_k
         given = device.Starts(row, source, limit, state, Sampling(key, temperature, top_p, top_k))
         self.rows = device.insert(self.model.stop, self.model.mesh, self.rows, prefix, self._put(given), self.model.guide)
 
-    def _keep(self, wanted: list[tuple[int, tuple[int, ...]]]) -> None:
+    def _keep(self, wanted: Collection[_Key]) -> None:
         """Forgets all prompts but those `wanted` next, of which each adapter has one at most, and frees the memory of the others."""
-        index: dict[int, np.ndarray] = {}
-        kept = {key: self.ready[key] for key in wanted if key in self.ready}
-        for (e, _), (prefix, p) in kept.items():
-            index.setdefault(id(prefix), np.zeros(self.size, np.int32))[e] = p
-        prefixes = {id(prefix): prefix for prefix, _ in kept.values()}
-        small = {i: p if p.length.shape[1] == 1 else device.only(self.model.mesh, p, self._put(index[i])) for i, p in prefixes.items()}
-        self.ready = {key: (small[id(prefix)], 0) for key, (prefix, _) in kept.items()}
+        kept = {key: self.ready[key] for key in self.ready if key in wanted}
+        self.ready = {}
+        for prefix in {id(prefix): prefix for prefix, _ in kept.values()}.values():
+            of_shard = [[key for key, (own, _) in kept.items() if own is prefix and key[0] == shard] for shard in range(self.shards)]
+            size, width = prefix.length.size // self.shards, queues.power_of_four(max(map(len, of_shard)))
+            if width < size:
+                numbers = self._dealt([[kept[key][1] for key in keys] for keys in of_shard], width)
+                small = device.only(self.model.mesh, prefix, self._put(numbers))
+                self.ready.update({key: (small, number) for keys in of_shard for number, key in enumerate(keys)})
+            else:
+                self.ready.update({key: kept[key] for keys in of_shard for key in keys})
+
+    # --- Results -------------------------------------------------------------------------------------------------------
+
+    def _ended(self) -> list[tuple[int, Generated]]:
+        """Takes the results out of the rows that are done: the one place where the host reads from the device."""
+        line = self.line
+        done, drawn = mesh_lib.fetch((self.rows.done, self.rows.drawn))
+        for place, index in line.owner.items():
+            self.length[place] = len(self.requests[index].prompt) + int(drawn[place])
+        ended = {place: line.owner.pop(place) for place in list(line.owner) if done[place]}
+        found = []
+        for place, ids in self._drawn(list(ended)).items():
+            del self.length[place]
+            tokens = ids[: drawn[place]].tolist()
+            stopped = tokens[-1] in self.model.stop
+            found.append((ended[place], Generated(tuple(tokens[:-1] if stopped else tokens), stopped)))
+        return found
+
+    def _drawn(self, places: list[tuple[int, int]]) -> dict[tuple[int, int], np.ndarray]:
+        """What the rows at `places` have drawn: of few rows those alone, for limits are long and looks are many."""
+        line = self.line
+        of_shard = [[place for place in places if place[0] // line.places == shard] for shard in range(self.shards)]
+        if max(map(len, of_shard)) > FEW:
+            out = mesh_lib.fetch(self.rows.out)
+            return {place: out[place] for place in places}
+        if not places:
+            return {}
+        numbers = self._dealt([[e % line.places * line.each + r for e, r in own] for own in of_shard], FEW)
+        out = mesh_lib.fetch(device.drawn(self.model.mesh, self.rows.out, self._put(numbers)))
+        return {place: out[shard * FEW + i] for shard, own in enumerate(of_shard) for i, place in enumerate(own)}

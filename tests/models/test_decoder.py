@@ -203,6 +203,45 @@ def test_long_rows_attend_in_parts_and_never_make_the_square(monkeypatch, packed
     assert large >= rows * heads * count * count > 2 * small
 
 
+def largest(jaxpr):
+    """The elements of the largest array that a program makes, those within its loops too."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        inner = [x for p in equation.params.values() for x in (p if isinstance(p, tuple | list) else [p])]
+        bodies = [x for x in (getattr(p, "jaxpr", p) for p in inner) if hasattr(x, "eqns")]
+        sizes += [largest(body) for body in bodies] or [v.aval.size for v in equation.outvars]
+    return max(sizes)
+
+
+@pytest.mark.parametrize("count", [1024, 1500, 2000, 5000])
+def test_no_length_makes_the_square(count):
+    """Forward and backward: at most `QUERIES` x T for each head, whether or not the parts come out even."""
+    heads, shapes = 8, ((1, count, 8, 4), (1, 2, 4, count), (1, 2, count, 4), (1, count))
+    q, k, v, positions = (jax.ShapeDtypeStruct(s, jnp.float32 if len(s) > 2 else jnp.int32) for s in shapes)
+    run = jax.value_and_grad(lambda q, k, v, positions: jnp.sum(decoder.attend(q, k, v, positions)), argnums=(0, 1, 2))
+    assert largest(jax.make_jaxpr(run)(q, k, v, positions).jaxpr) <= heads * decoder.QUERIES * count
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("count", [32, 33, 47, 50])
+def test_parts_that_do_not_come_out_even_change_nothing(monkeypatch, count, packed):
+    """The value and the slopes of 16 queries at a time, against those of all at once."""
+    shapes = (2, count, 4, 8), (2, 2, 8, count), (2, 2, count, 8)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    positions = jnp.broadcast_to(jnp.arange(count), (2, count))
+    first = positions // 24 * 24 if packed else None
+
+    def made(queries):
+        monkeypatch.setattr(decoder, "QUERIES", queries)
+        run = lambda q, k, v: (lambda out: (jnp.sum(jnp.sin(out)), out))(decoder.attend(q, k, v, positions, first))  # noqa: E731
+        return jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+
+    (_, whole), slopes = made(count)
+    (_, parts), part_slopes = made(16)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), part_slopes, slopes)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_init_makes_the_tree_that_is_loaded(tiny, family):
     spec = tiny(family).spec

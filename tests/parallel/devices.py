@@ -44,7 +44,7 @@ def run(shape, host, jobs, prompts):
     return {
         "losses": fitted.losses,
         "adapters": [np.asarray(x)[fitted.places] for x in jax.tree.leaves(fitted.lora)],
-        "answers": [g.tokens for g in generate(decoder, params, greedy, lora=lora, **options)],
+        "answers": [g.tokens for g in generate(decoder, params, greedy, lora=lora, **{**options, "rows": 2})],
         "samples": [g.tokens for g in generate(decoder, params, drawn, **options)],
         "devices": len(jax.tree.leaves(fitted.lora)[0].sharding.device_set),
         "part": max(s.data.size / x.size for x in jax.tree.leaves(params["layers"]["mlp"]) for s in x.addressable_shards),

@@ -8,7 +8,8 @@ import pytest
 from seal_jax import rng
 from seal_jax.models import lora
 from seal_jax.models.decoder import Decoder
-from seal_jax.sample import decode, engine
+from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.sample import decode, engine, queues
 from seal_jax.sample.engine import Generated, Request, generate
 
 torch = pytest.importorskip("torch", reason="torch computes the reference; pip install seal_jax[test]")
@@ -79,13 +80,13 @@ def test_a_request_does_not_depend_on_its_company(world):
 
 @pytest.fixture
 def prefilled(monkeypatch):
-    """A list of all (adapter within its group, prompt) that `decode.prefill` is called with from now on, and their shapes."""
+    """A list of all (entry, prompt) that `decode.prefill` is called with from now on, and their shapes."""
     seen, prefill = [], decode.prefill
 
-    def counted(decoder, mesh, params, adapters, tokens, length):
-        places = np.argwhere(np.asarray(length))
-        seen.extend((tokens.shape, int(e), tuple(np.asarray(tokens)[e, p, : length[e, p]].tolist())) for e, p in places)
-        return prefill(decoder, mesh, params, adapters, tokens, length)
+    def counted(decoder, mesh, params, adapters, tokens, length, *places):
+        found = np.argwhere(np.asarray(length))
+        seen.extend((tokens.shape, int(e), tuple(np.asarray(tokens)[e, p, : length[e, p]].tolist())) for e, p in found)
+        return prefill(decoder, mesh, params, adapters, tokens, length, *places)
 
     monkeypatch.setattr(decode, "prefill", counted)
     return seen
@@ -180,6 +181,114 @@ def test_an_adapter_of_zeros_is_the_bare_model(world, adapters):
     nothing = jax.tree.map(jnp.zeros_like, adapters[0])
     asked = [dataclasses.replace(r, adapter=i % 3) for i, r in enumerate(requests[:7])]
     assert generate(decoder, model.params, asked, stop=STOP, rows=6, lora=nothing) == alone[:7]
+
+
+# --- Few steps, and little at once --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crowd(world):
+    """Twelve adapters, stacked, and what each answers alone to each of six prompts, in 16 tokens."""
+    model, decoder, _, _ = world
+    shapes = jax.eval_shape(lambda: lora.init(jax.random.key(0), model.spec, 2, ["q_proj", "up_proj"]))
+    draw = np.random.default_rng(1)
+    stacked = jax.tree.map(lambda x: jnp.asarray(draw.normal(0, 0.3, (12, *x.shape)), jnp.float32), shapes)
+    asked = [[Request(p, 16, adapter=a) for p in prompts(model.spec, 6, seed=1)] for a in range(12)]
+    alone = [[generate(decoder, model.params, [r], stop=(), rows=1, lora=stacked)[0].tokens for r in own] for own in asked]
+    assert len({tokens for own in alone for tokens in own}) > 36
+    return stacked, asked, alone
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list of the steps that each call of `decode.decode` takes from now on."""
+    taken, decoded = [], decode.decode
+
+    def counted(*args):
+        before = np.array(args[5].drawn)
+        rows = decoded(*args)
+        taken.append(int((np.asarray(rows.drawn) - before).max()))
+        return rows
+
+    monkeypatch.setattr(decode, "decode", counted)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("questions", "limits", "most"),
+    [
+        ([6, 2, 2, 2, 2, 2], [16], 4 * 15),  # 32 answers, by 8 rows: no row is ever idle. Six rows for each adapter were 12 * 15 steps
+        ([2], [16, 2, 2, 2], 15 + 2 * 4),  # four adapters at a time were 3 * 15: each time, three waited for the one
+    ],
+)
+def test_adapters_with_more_to_do_do_not_hold_up_the_rest(world, crowd, steps, monkeypatch, questions, limits, most):
+    """Some have more requests than most, or longer answers. All answers are those alone, and the programs are those of one pool."""
+    model, decoder, _, _ = world
+    stacked, asked, alone = crowd
+    monkeypatch.setattr(engine, "LOOK", 4)
+    chosen = [(a, i) for a in range(12) for i in range(questions[a % len(questions)])]
+    limit = [limits[a % len(limits)] for a, _ in chosen]
+    requests = [dataclasses.replace(asked[a][i], max_tokens=n) for (a, i), n in zip(chosen, limit, strict=True)]
+    programs = (decode.insert, decode.prefill)
+    before = [f._cache_size() for f in programs]
+    found = generate(decoder, model.params, requests, stop=(), rows=8, lora=stacked)
+    assert [g.tokens for g in found] == [alone[a][i][:n] for (a, i), n in zip(chosen, limit, strict=True)]
+    assert sum(steps) <= most
+    assert all(f._cache_size() - n <= 3 for f, n in zip(programs, before, strict=True))
+
+
+def test_a_pool_holds_few_adapters_and_has_one_program(world, crowd, monkeypatch):
+    """However many adapters take places in it one after another: those of all places are as large as at first, and lie where they lay."""
+    model, decoder, _, _ = world
+    stacked, asked, _ = crowd
+    seen, decoded, exchanged, exchange = [], decode.decode, [], decode.exchange
+    monkeypatch.setattr(decode, "exchange", lambda mesh, own, *args: exchanged.append(own) or exchange(mesh, own, *args))
+
+    def watched(*args):
+        seen.append([(x.shape, x.sharding) for x in jax.tree.leaves(args[4])])
+        return decoded(*args)
+
+    monkeypatch.setattr(decode, "decode", watched)
+    before = decoded._cache_size(), exchange._cache_size()
+    requests = [dataclasses.replace(r, max_tokens=1 + a) for a, own in enumerate(asked) for r in own[:2]]
+    generate(decoder, model.params, requests, stop=(), rows=6, lora=stacked)
+    assert all(one == seen[0] for one in seen) and seen[0][0][0][0] == 3
+    assert len(exchanged) >= 3 and all(x.is_deleted() for own in exchanged for x in jax.tree.leaves(own)), "in place"
+    assert (decoded._cache_size() - before[0], exchange._cache_size() - before[1]) == (1, 1)
+
+
+def test_prompts_are_read_a_few_tokens_at_a_time(world, crowd, prefilled, monkeypatch):
+    """Many small calls give what one large one gives, with adapters and without."""
+    model, decoder, requests, alone = world
+    stacked, asked, expected = crowd
+    monkeypatch.setattr(queues, "READ", 64)
+    monkeypatch.setattr(queues, "LEAST", 16)
+    assert generate(decoder, model.params, requests, stop=STOP, rows=12) == alone
+    assert len(prefilled) == len({r.prompt for r in requests})
+    several = [r for own in asked for r in own[:3]]
+    found = generate(decoder, model.params, several, stop=(), rows=36, lora=stacked)
+    assert [g.tokens for g in found] == [tokens for own in expected for tokens in own[:3]]
+    assert len(prefilled) == len({r.prompt for r in requests}) + len(several)
+    assert max(np.prod(shape) for shape, _, _ in prefilled) <= 64
+
+
+def test_a_look_fetches_what_has_ended_and_no_more(world, monkeypatch):
+    """Rows have room for as many tokens as the longest limit, here 1024, and most looks find few rows at their end, or none."""
+    model, decoder, requests, _ = world
+    fetched, fetch = [], mesh_lib.fetch
+
+    def watched(tree):
+        fetched.append(sum(x.nbytes for x in jax.tree.leaves(tree)))
+        return fetch(tree)
+
+    monkeypatch.setattr(mesh_lib, "fetch", watched)
+    rows = 2 * engine.FEW
+    asked = [dataclasses.replace(requests[0], max_tokens=n) for n in [1024, 800, *range(40, 740, 50)]]
+    found = generate(decoder, model.params, asked, stop=(), rows=rows)
+    assert [len(g.tokens) for g in found] == [r.max_tokens for r in asked]
+    looks = [n for n in fetched if n == rows * 5]
+    assert len(looks) > 10 and max(fetched) <= engine.FEW * 1024 * 4
+    assert len(looks) == 16 and len(fetched) - len(looks) <= 13, "nothing but who is done, where no one is"
 
 
 # --- One program ----------------------------------------------------------------------------------------------------
