@@ -288,9 +288,10 @@ def _start(command: str, settings: RunConfig, what: str) -> None:
 
         jax.config.update("jax_platforms", "cpu")
         return
-    from seal_jax.parallel import processes
+    from seal_jax.parallel import compiler, processes
 
     processes.start()
+    compiler.keep()
     preemption.watch_peers()
 
 

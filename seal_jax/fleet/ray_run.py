@@ -102,8 +102,11 @@ class Worker:
             from seal_jax.parallel import processes
 
             processes.start()
+        from seal_jax.parallel import compiler
         from seal_jax.rest_em import loop
         from seal_jax.runs.store import versions
+
+        compiler.keep()
 
         def ask(method: str, *arguments: Any) -> Any:
             try:

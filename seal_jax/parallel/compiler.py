@@ -1,8 +1,11 @@
-"""How the programs that run a model are compiled: what XLA is asked for, and several at a time."""
+"""How the programs that run a model are compiled: what XLA is asked for, several at a time, and once for all runs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pathlib
+import platform
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,11 +13,32 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from seal_jax.models.embedded import cache_folder
+
 # A layer's kernels lie in a stack of all layers' [N, in, out]. cuBLAS takes its part of the stack where it lies (from JAX 0.11 on); for a
 # product by Triton, and for small products of the same input that it would make one of, XLA for GPUs first copies it out, so that a decoded
 # token moves all weights three times. Compilers for other devices let the options be.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 THREADS = 8  # at most; a program of a 7B model takes its compiler a GiB or two
+
+
+def keep() -> None:
+    """Has JAX keep what it compiles in the user's cache folder: a run that goes on, and the next one, find their programs there.
+
+    Where JAX has been told a folder (JAX_COMPILATION_CACHE_DIR; empty: none), it stays that one.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs" / _processor()))
+
+
+def _processor() -> str:
+    """A name for this kind of processor: programs made for another, found in a folder that machines share, might not run."""
+    try:
+        told = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        told = []
+    features = next((line for line in told if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
 def threads(mesh: Mesh) -> int:

@@ -97,6 +97,8 @@ def _gpus(name: str, which: str, count: int) -> Target:
     if not found:
         raise SealError('compiling for GPUs needs JAX\'s plugin for CUDA: pip install "seal_jax[plan-gpu]"')
     chip = chips.GPUS[GPUS[which].kind]
+    # The plugin refuses to load where it finds no cuDNN, of which compiling has no need. (JAX loads it at its first question for devices.)
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     devices = _described(name, platform="cuda", topology=f"1x1x{count}", target_config=description(which))
     share = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or PREALLOCATED
     limit = memory.SHARE * float(share) * chip.memory
