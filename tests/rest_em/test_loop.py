@@ -181,7 +181,11 @@ def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, 
     trained, here = units(tiny_run), units(tmp_path / "e")
     for unit in ("evaluate/after/000", "evaluate/after/001"):
         for there, now in zip(trained[unit]["contexts"], here[unit]["contexts"], strict=True):
-            assert now["edits"] == there["edits"]
+            for ours, theirs in zip(now["edits"], there["edits"], strict=True):
+                # With the passage alone there are more edits, and so other slots: losses are rounded otherwise, nothing else differs.
+                losses = [[[t.pop(name) for name in ("loss_first", "loss_last")] for t in e["trials"]] for e in (ours, theirs)]
+                np.testing.assert_allclose(*losses, rtol=1e-5)
+                assert ours == theirs
             assert now["methods"].keys() == {"no adaptation", "passage only"} and there["methods"].items() <= now["methods"].items()
     assert here["origin"]["run"] == str(tiny_run) and here["origin"]["rounds"] == 2
     with pytest.raises(SealError, match=r"holds an evaluation of .*; train that run"):
