@@ -249,7 +249,9 @@ def grade(arguments: argparse.Namespace) -> None:
     from seal_jax.grade import agreement
     from seal_jax.rest_em.stage import grader
 
-    print(agreement.run(arguments.cases, grader(settings), arguments.split, arguments.limit))
+    found = grader(settings)
+    found.check()
+    print(agreement.run(arguments.cases, found, arguments.split, arguments.limit))
 
 
 def export(arguments: argparse.Namespace) -> None:

@@ -283,6 +283,9 @@ def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, b
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
+UNREACHABLE = ["grade.name=endpoint", "grade.base_url=http://127.0.0.1:9/v1"]  # nobody listens to port 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -308,6 +311,10 @@ def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, b
         (["train", "CONFIG", "run_dir=FOLDER"], "FOLDER: not empty and not a run (it holds 'config.yaml'); choose another run_dir"),
         (["train", "CONFIG", "run_dir=az://a/b"], "az://a/b: az:// is not known here; give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH"),
         (["train", "CONFIG", "model.max_length=40"], "task.train: no usable context: all 4 have a prompt that leaves no room"),
+        (["train", "CONFIG", *UNREACHABLE], "grade.name=endpoint: http://127.0.0.1:9/v1 cannot be reached (connection failed: "),
+        (["continual", "CONFIG", *UNREACHABLE], "grade.name=endpoint: http://127.0.0.1:9/v1 cannot be reached (connection failed: "),
+        (["grade", "FOLDER/train.json", "name=endpoint", "base_url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be reached"),
+        (["train", "CONFIG", "grade.name=judge", "grade.model=FOLDER/nothing"], "grade.model='FOLDER/nothing': no such folder or file"),
         (["grade", "FOLDER/nothing.json"], "FOLDER/nothing.json: no such file of cases"),
         (["grade", "FOLDER/train.json", "name=mach"], "grade.name='mach': expected one of match, judge, endpoint"),
     ],
