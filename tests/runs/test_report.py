@@ -243,6 +243,17 @@ def test_notices_of_a_continued_run(made_up, tmp_path):
     assert page.words.count("2 of 9 items skipped") == 1
 
 
+def test_best_of_k_in_the_table_is_only_spoken_of_where_it_is(made_up, page, tmp_path):
+    told = "the result table has one that is scored on other seeds"
+    assert told in page.words
+    folder = made_up(tmp_path)
+    table = json.loads((folder / "table.json").read_text())
+    table["rows"] = [row for row in table["rows"] if row["statistic"] != "best of K"]
+    (folder / "table.json").write_text(json.dumps(table))
+    words = Page(write_report(folder)).words
+    assert told not in words and "so it flatters, the more the noisier rewards are." in words
+
+
 def test_duration():
     assert [report.duration(s) for s in (0.04, 9.94, 59.4, 59.6, 200, 3600, 7530)] == [
         *("0.0 s", "9.9 s", "59 s", "1 min 0 s", "3 min 20 s", "1 h 0 min", "2 h 5 min")
