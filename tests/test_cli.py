@@ -14,7 +14,7 @@ import pytest
 
 from seal_jax import cli
 from seal_jax import config as config_lib
-from seal_jax.models import peft
+from seal_jax.models import embedded, peft
 from seal_jax.models.load import load_model
 from seal_jax.models.lora import merge
 from seal_jax.rest_em import loop
@@ -219,6 +219,13 @@ def test_export_writes_the_trained_policy(seal, tiny_run, tmp_path):
     first, rank, alpha = peft.load_adapter(tmp_path / "first", loaded.spec)
     written, _ = checkpoint.load_adapters(tiny_run / "policy/1")
     np.testing.assert_array_equal(first["layers"]["mlp"]["up_proj"]["a"], written["layers"]["mlp"]["up_proj"]["a"])
+
+
+def test_an_adapter_of_the_embedded_model_names_the_model_of_the_hub(seal, run_copy, tmp_path):
+    text, name = (run_copy / "config.yaml").read_text(), config_lib.load(run_copy / "config.yaml").model.name
+    (run_copy / "config.yaml").write_text(text.replace(name, "embedded"))
+    assert seal("export", run_copy, tmp_path / "peft", "--format", "peft")[0] == 0
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_ID
 
 
 def test_peft_and_transformers_compute_the_exported_policy(seal, tiny_run, tmp_path):

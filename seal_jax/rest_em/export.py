@@ -6,7 +6,7 @@ import os
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
-from seal_jax.models import hf, load, peft
+from seal_jax.models import embedded, hf, load, peft
 from seal_jax.models import lora as lora_lib
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
@@ -41,7 +41,8 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
         found = [checkpoint.load_adapters(folder / "policy" / str(n)) for n in learnt]
         rank, alpha = (sum(metadata[key] for _, metadata in found) for key in ("rank", "alpha"))
         with files.staged(output) as here:
-            peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
+            base = embedded.HUB_ID if config.model.name == "embedded" else config.model.name
+            peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, base)
         return output
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
