@@ -56,6 +56,12 @@ show() { # show LINE: what is done; on standard output if it is all there will b
 
 note() { show "# $*"; }
 
+counted() { # counted NUMBER THING: 1 host, 2 hosts
+  local many=s
+  [ "$1" != 1 ] || many=''
+  printf '%s %s%s\n' "$1" "$2" "$many"
+}
+
 run() { # run COMMAND...
   show "$(quoted "$@")"
   [ "$dry_run" = yes ] || "$@"

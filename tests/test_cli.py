@@ -96,7 +96,7 @@ def test_another_config_is_refused_for_a_run_with_results(refused, tiny_run):
 
 def test_a_mistake_in_the_config_can_be_corrected_in_the_same_folder(refused, seal, tiny_config, tmp_path):
     said = refused("train", tiny_config, "task.train=trian.json")
-    assert said.startswith("data source trian.json: no such file: trian.json")
+    assert said.startswith("data source trian.json: no such file; ")
     assert (tmp_path / "run/config.yaml").is_file()
     code, out, _ = seal("train", tiny_config, "rest_em.rounds=0", "evaluate.contexts=1")
     assert code == 0 and "no adaptation" in out
@@ -206,7 +206,8 @@ def test_export_writes_the_trained_policy(seal, tiny_run, tmp_path):
     assert Policy(loaded, config).answer(probes) == policy.answer(probes) != base.answer(probes)
 
     # One adapter for both rounds, over the model that the run started from.
-    assert seal("export", tiny_run, tmp_path / "peft", "--format", "peft")[0] == 0
+    code, _, said = seal("export", tiny_run, tmp_path / "peft", "--format", "peft")
+    assert code == 0 and f"seal-jax export: adapter (peft) of {tiny_run} after round 2\n" in said
     described = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert (described["r"], described["lora_alpha"], described["base_model_name_or_path"]) == (8, 16, config.model.name)
     lora, rank, alpha = peft.load_adapter(tmp_path / "peft", loaded.spec)
@@ -304,6 +305,8 @@ UNREACHABLE = ["grade.name=endpoint", "grade.base_url=http://127.0.0.1:9/v1"]  #
         (["generate", "CONFIG", "--limit", "0"], "--limit: '0': expected a number above 0"),
         (["generate", "CONFIG", "--limit", "2", "limit"], "override 'limit': expected key.sub=value"),
         (["train", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["train", "runs/nope"], "runs/nope: no such run folder or config file"),
+        (["grade", "FOLDER/train.json", "grade.threshold=2"], "seal-jax grade: grade.threshold=2.0: expected a number above 0"),
         (["train", "FOLDER"], "FOLDER: not a run folder (no versions.json in it)"),
         (["train", "CONFIG", "fit.lora.rnk=1"], "CONFIG: unknown key 'fit.lora.rnk' (did you mean 'rank'?)"),
         (["evaluate", "CONFIG", "evaluate.contexts=few"], "CONFIG: evaluate.contexts: Value 'few' of type 'str' could not be converted"),

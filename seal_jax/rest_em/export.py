@@ -16,8 +16,8 @@ from seal_jax.runs.places import Place, place
 from seal_jax.runs.store import CONFIG, existing
 
 
-def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> Place:
-    """Writes the policy after round `number` (default: the last finished one) to `output`.
+def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> tuple[Place, int]:
+    """Writes the policy after round `number` (default: the last finished one) to `output`; returns that and the round.
 
     "hf": the merged model with its tokenizer. "peft": one adapter of the model that the run started from, the sum of all rounds' up to
     that one. Raises `SealError` if there is no such round, or `output` exists and is not empty.
@@ -43,10 +43,10 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
         with files.staged(output) as here:
             base = embedded.HUB_ID if config.model.name == "embedded" else config.model.name
             peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, base)
-        return output
+        return output, number
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
         restore(policy, store, before)
     with files.staged(output) as here:
         hf.save_folder(here, policy.decoder.spec, policy.params, policy.tokenizer)
-    return output
+    return output, number

@@ -26,6 +26,7 @@ from seal_jax.rest_em.stage import Stage, build, restore
 from seal_jax.runs import checkpoint, health, track
 from seal_jax.runs.store import RunStore, existing
 from seal_jax.tasks.base import Context, Figure
+from seal_jax.words import counted
 
 if TYPE_CHECKING:
     from seal_jax.fleet.store import WorkerStore
@@ -230,7 +231,7 @@ def stage_of(
     origin = store.once(ORIGIN, lambda: now)
     if origin["policy"] != now["policy"]:
         raise SealError(
-            f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
+            f"{store.folder}: holds the evaluation of {origin['run']} after {counted(origin['rounds'], 'round')}, "
             f"{trained} is after {now['rounds']}, or another; choose another run_dir"
         )
     return build(config, splits, source, now["rounds"], edits, not store.has("table")), now["rounds"]

@@ -25,6 +25,7 @@ from seal_jax.runs import charts, continual_view, files, health, lock, store, ta
 from seal_jax.runs.events import read_events
 from seal_jax.runs.places import Place
 from seal_jax.tasks.base import View
+from seal_jax.words import counted
 
 EXAMPLES = 5  # contexts shown in full
 SEQUENCES = 60  # training sequences shown of one self-edit
@@ -82,11 +83,6 @@ def duration(seconds: float) -> str:
 def in_bytes(number: float) -> str:
     """ "812 MB", "13.4 GB"."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 line", "2 lines"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def view(folder: Place) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_slices(tpu, chips, hosts, accelerator, label, machine, checkout):
     if accelerator:
         dry = checkout(f"tpu_vm.sh --tpu {tpu} --zone a", "--dry-run")
         assert any(f" --accelerator-type={accelerator} " in line for line in dry.out)
-        assert dry.out[0].startswith(f"# {hosts} hosts of {chips // hosts} chips")
+        assert dry.out[0].startswith(f"# {hosts} host{'s' * (hosts > 1)} of {chips // hosts} chip{'s' * (chips > hosts)}")
 
 
 def test_ray_clusters(checkout):
@@ -408,7 +408,7 @@ def test_bad_input_is_one_line(checkout):
         command = [checkout.path / "launch" / script, *flags, *given, *after]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (line, done.stderr)
-        assert not done.stdout.replace("# 1 hosts of 4 chips\n", ""), line
+        assert not done.stdout.replace("# 1 host of 4 chips\n", ""), line
 
 
 def test_scripts_pass_shellcheck():
