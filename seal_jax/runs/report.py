@@ -181,6 +181,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": config.get("name") or "run",
         "model": parts["model"].get("name") or "unknown",
+        "dtype": parts["model"].get("dtype") or "unknown",
         "task": parts["task"].get("name") or "unknown",
         "seed": config.get("seed", "unknown"),
     }

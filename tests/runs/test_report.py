@@ -168,6 +168,15 @@ def test_empty_run(tmp_path):
     assert not any(tag == "svg" for tag, _ in page.tags)
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("auto", "Weightsauto: bfloat16 "), ("float32", "Weightsfloat32 ")])
+def test_the_head_tells_the_weights_dtype_and_the_cpu(tmp_path, dtype, told):
+    (tmp_path / "config.yaml").write_text(f"name: fresh\nmodel: {{dtype: {dtype}}}\n")
+    found = {"device": "cpu", "devices": 1, "platform": "Linux x86_64", "cpu": "Some <CPU> 9", "auto_dtype": "bfloat16"}
+    (tmp_path / "versions.json").write_text(json.dumps(found))
+    words = Page(write_report(tmp_path)).words
+    assert told in words and "1 × cpu (Linux x86_64, Some <CPU> 9)" in words
+
+
 def test_a_run_of_nothing_but_failures(made_up, tmp_path):
     run = made_up(tmp_path / "run", contexts=2, rounds=1)
     for path in run.rglob("[0-9]*.json"):
