@@ -31,6 +31,7 @@ EXAMPLES = 5  # contexts shown in full
 SEQUENCES = 60  # training sequences shown of one self-edit
 EVALUATIONS = {"before": "the evaluation of the base policy", "after": "the evaluation after training"}  # others: by their folder
 ROUNDS = 6  # panels of the reward spread: the last rounds
+SWEEP = "sweep.json"  # the table in a sweep's folder
 STAGES = {
     "sample": "writing self-edits",
     "adapt": "inner loops, and answers with their adapters",
@@ -41,8 +42,19 @@ STAGES = {
 
 
 def write_report(run_folder: str | os.PathLike[str] | Place) -> Place:
-    """Writes `report.html` into the run folder and returns its path. Raises `SealError` if this is no run or it cannot be written."""
-    folder = store.existing(run_folder).folder
+    """Writes `report.html` into the run folder and returns its path.
+
+    Raises `SealError` if this is no run, or one of a sweep's lanes, or it cannot be written.
+    """
+    folder = store.RunStore(run_folder).folder
+    try:
+        found = store.existing(run_folder)
+    except SealError:
+        if (folder / SWEEP).is_file():
+            raise SealError(f"{folder}: holds a sweep, whose table is {folder / SWEEP}; a report is of one run") from None
+        raise
+    if found.names("shared/") or found.names("settings/"):
+        raise SealError(f"{folder}: holds the lanes of a sweep, which have no report; see {folder.parent / SWEEP}")
     loader = jinja2.PackageLoader("seal_jax", "runs")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "percent": table.percent, "interval": table.interval}

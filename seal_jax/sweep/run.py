@@ -76,7 +76,7 @@ def _lanes(sweep: Sweep) -> dict[str, Any]:
     from seal_jax.sweep import lanes
 
     records, notes = lanes.run(sweep)
-    table = table_lib.build(records, notes)
+    table = table_lib.build(records, notes, "results")
     if speaks(sweep):
         write_table(sweep, table, True)
     return table
