@@ -85,6 +85,7 @@ delete() {
 }
 
 note "$(counted "$hosts" host) of $(counted "$host_chips" chip)"
+signed_in "$project"
 run gcloud container clusters get-credentials "$cluster" "${where[@]}"
 absent "the JobSet $name" kubectl get jobset "$name"
 region=$location

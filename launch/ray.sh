@@ -83,6 +83,7 @@ fetch() {
 note "$(counted "$slices" slice) of $(counted "$hosts" host) of $(counted "$host_chips" chip)"
 run mkdir -p build/launch
 if [ "$through" = kuberay ]; then
+  signed_in "$project"
   run gcloud container clusters get-credentials "$cluster" "--location=$location" ${project:+"--project=$project"}
   absent "the RayCluster $name" kubectl get raycluster "$name"
   [ "$spot" = no ] && spot='' || spot=true
