@@ -61,3 +61,16 @@ def test_a_grader_is_checked_where_there_is_something_to_grade(base, tmp_path):
     with pytest.raises(SealError, match=r"^grade.model="):
         loop.evaluate_only(dataclasses.replace(judge, run_dir=str(tmp_path / "run")))
     assert list(loop.generate(judge, "train", 1)), "writing self-edits grades nothing"
+
+
+def test_a_finished_run_is_read_without_its_grader(tiny_run, tmp_path, monkeypatch):
+    def never(task):
+        raise LookupError("asked")
+
+    monkeypatch.setattr(stage_lib, "check_grader", never)
+    folder = shutil.copytree(tiny_run, tmp_path / "copy")
+    config = dataclasses.replace(config_lib.load(folder / "config.yaml"), run_dir=str(folder))
+    assert loop.train(config)["rows"]
+    (folder / "table.json").unlink()
+    with pytest.raises(LookupError):
+        loop.train(config)
