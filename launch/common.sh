@@ -56,6 +56,12 @@ show() { # show LINE: what is done; on standard output if it is all there will b
 
 note() { show "# $*"; }
 
+counted() { # counted NUMBER THING: 1 host, 2 hosts
+  local many=s
+  [ "$1" != 1 ] || many=''
+  printf '%s %s%s\n' "$1" "$2" "$many"
+}
+
 run() { # run COMMAND...
   show "$(quoted "$@")"
   [ "$dry_run" = yes ] || "$@"
@@ -140,6 +146,25 @@ absent() { # absent WHAT COMMAND...: ends here if the command succeeds, so that 
   if "$@" >/dev/null 2>&1; then fail "$what exists already; choose another --name, or --reuse it"; fi
 }
 
+told() { # told COMMAND...: what it prints, into `said`; nothing if it fails
+  show "$(quoted "$@")"
+  said=''
+  [ "$dry_run" = yes ] || said=$("$@" 2>/dev/null) || said=''
+}
+
+signed_in() { # signed_in PROJECT: ends here, before anything is made, if gcloud has no account, or no project of its own where PROJECT is ''
+  if [ "$dry_run" = no ] && ! command -v gcloud >/dev/null; then fail "gcloud is not here; install Google's Cloud SDK"; fi
+  if [ -z "${CLOUDSDK_AUTH_ACCESS_TOKEN_FILE:-}${CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE:-}" ]; then # which stand in for an account
+    note "goes on only if there is an account:"
+    told gcloud auth list --filter=status:ACTIVE '--format=value(account)'
+    [ "$dry_run$said" != no ] || fail "gcloud has no account; sign in with: gcloud auth login"
+  fi
+  [ -z "$1" ] || return 0
+  note "goes on only if there is a project:"
+  told gcloud config get-value project
+  case $dry_run$said in no | 'no(unset)') fail "gcloud has no project; give --project, or run: gcloud config set project PROJECT" ;; esac
+}
+
 check() { # check COMMAND CONFIG [KEY=VALUE...]: the seal-jax command, into the array `command`
   case $name in
     '') fail "--name is missing; see --help" ;;
@@ -199,9 +224,19 @@ install_line() { # install_line EXTRA: into .venv, in the root of a checkout; wi
 && python3 -m uv pip install --quiet --python .venv/bin/python '.[$1${bucket:+,remote}]'"
 }
 
-archive() { # archive FILE: what is to be copied of this checkout
+archive() { # archive FILE: what is to be copied of this checkout: all that git does not ignore, or without git all but what grows here
+  local entry without=()
   run mkdir -p build/launch
-  run tar -czf "$1" --exclude=./.git --exclude=./.venv --exclude=./.make --exclude=./.jax_cache --exclude=./runs --exclude=./build .
+  if [ -e .git ] && git rev-parse --git-dir >/dev/null 2>&1; then
+    # What was deleted and is still listed is left out: tar would stop at it.
+    pipeline "git ls-files -z --cached --others --exclude-standard | while IFS= read -r -d '' file; do if [ -e \"\$file\" ]; then \
+printf '%s\0' \"\$file\"; fi; done | tar -czf $1 --null -T -"
+    return
+  fi
+  for entry in .git .venv .make .jax_cache .pytest_cache .ruff_cache .hypothesis build dist runs sweeps exported adapter; do
+    without+=("--exclude=./$entry")
+  done
+  run tar -czf "$1" "${without[@]}" .
 }
 
 unpack() { run tar -xzf "$1" -C runs; }

@@ -84,7 +84,8 @@ delete() {
   [ "$policy" = no ] || run gcloud compute resource-policies delete "$name" "--region=$region" ${own[@]+"${own[@]}"} --quiet
 }
 
-note "$hosts hosts of $host_chips chips"
+note "$(counted "$hosts" host) of $(counted "$host_chips" chip)"
+signed_in "$project"
 run gcloud container clusters get-credentials "$cluster" "${where[@]}"
 absent "the JobSet $name" kubectl get jobset "$name"
 region=$location

@@ -80,9 +80,10 @@ fetch() {
   run mkdir -p runs && on_head "cd $place && $(pack /tmp/run.tgz)" && from_head /tmp/run.tgz "$files.run.tgz" && unpack "$files.run.tgz"
 }
 
-note "$slices slices of $hosts hosts of $host_chips chips"
+note "$(counted "$slices" slice) of $(counted "$hosts" host) of $(counted "$host_chips" chip)"
 run mkdir -p build/launch
 if [ "$through" = kuberay ]; then
+  signed_in "$project"
   run gcloud container clusters get-credentials "$cluster" "--location=$location" ${project:+"--project=$project"}
   absent "the RayCluster $name" kubectl get raycluster "$name"
   [ "$spot" = no ] && spot='' || spot=true

@@ -65,7 +65,8 @@ delete() {
   fi
 }
 
-note "$hosts hosts of $host_chips chips, $accelerator: asked for by its size; of shapes with three sides Google chooses one"
+note "$(counted "$hosts" host) of $(counted "$host_chips" chip), $accelerator: asked for by its size; of shapes with three sides Google chooses one"
+signed_in "$project"
 if [ "$reuse" = yes ]; then
   made=yes
 elif [ "$direct" = yes ]; then

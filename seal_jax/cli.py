@@ -16,6 +16,7 @@ from seal_jax.config import RunConfig
 from seal_jax.errors import SealError
 from seal_jax.runs.files import reason
 from seal_jax.runs.places import Place, place
+from seal_jax.words import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +147,8 @@ def _config(arguments: argparse.Namespace) -> tuple[RunConfig, Place | None, boo
     path, overrides = place(arguments.config), arguments.overrides
     chosen = any(item.startswith("run_dir=") for item in overrides)
     if not path.is_dir():
+        if not str(path).endswith((".yaml", ".yml")) and not path.exists():
+            raise SealError(f"{path}: no such run folder or config file")
         return config.load(path, overrides), None, chosen
     from seal_jax.runs.store import CONFIG, existing
 
@@ -234,7 +237,7 @@ def sweep(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     settings, run, _ = _config(arguments)
-    _start("generate", settings, f"{arguments.limit} contexts of {arguments.split}")
+    _start("generate", settings, f"{counted(arguments.limit, 'context')} of {arguments.split}")
     from seal_jax.parallel import processes
     from seal_jax.rest_em import loop
 
@@ -244,18 +247,24 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def grade(arguments: argparse.Namespace) -> None:
-    settings = config.build({"task": {"name": "knowledge"}}, [f"grade.{item}" for item in arguments.overrides], "seal-jax grade")
+    overrides = [f"grade.{item.removeprefix('grade.')}" for item in arguments.overrides]  # in a config's words too
+    settings = config.build({"task": {"name": "knowledge"}}, overrides, "seal-jax grade")
     _say(f"seal-jax grade: {settings.grade.name}, cases of {arguments.cases}")
     from seal_jax.grade import agreement
     from seal_jax.rest_em.stage import grader
 
-    print(agreement.run(arguments.cases, grader(settings), arguments.split, arguments.limit))
+    found = grader(settings)
+    found.check()
+    print(agreement.run(arguments.cases, found, arguments.split, arguments.limit))
 
 
 def export(arguments: argparse.Namespace) -> None:
     from seal_jax.rest_em import export as exporting
 
-    print(exporting.export(arguments.run_folder, arguments.output, arguments.format, arguments.round))
+    written, number = exporting.export(arguments.run_folder, arguments.output, arguments.format, arguments.round)
+    form = {"hf": "merged model (hf)", "peft": "adapter (peft)"}[arguments.format]
+    _say(f"seal-jax export: {form} of {arguments.run_folder} after round {number}")
+    print(written)
 
 
 def plan(arguments: argparse.Namespace) -> None:

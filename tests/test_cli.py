@@ -14,7 +14,7 @@ import pytest
 
 from seal_jax import cli
 from seal_jax import config as config_lib
-from seal_jax.models import peft
+from seal_jax.models import embedded, peft
 from seal_jax.models.load import load_model
 from seal_jax.models.lora import merge
 from seal_jax.rest_em import loop
@@ -96,7 +96,7 @@ def test_another_config_is_refused_for_a_run_with_results(refused, tiny_run):
 
 def test_a_mistake_in_the_config_can_be_corrected_in_the_same_folder(refused, seal, tiny_config, tmp_path):
     said = refused("train", tiny_config, "task.train=trian.json")
-    assert said.startswith("data source trian.json: no such file: trian.json")
+    assert said.startswith("data source trian.json: no such file; ")
     assert (tmp_path / "run/config.yaml").is_file()
     code, out, _ = seal("train", tiny_config, "rest_em.rounds=0", "evaluate.contexts=1")
     assert code == 0 and "no adaptation" in out
@@ -206,7 +206,8 @@ def test_export_writes_the_trained_policy(seal, tiny_run, tmp_path):
     assert Policy(loaded, config).answer(probes) == policy.answer(probes) != base.answer(probes)
 
     # One adapter for both rounds, over the model that the run started from.
-    assert seal("export", tiny_run, tmp_path / "peft", "--format", "peft")[0] == 0
+    code, _, said = seal("export", tiny_run, tmp_path / "peft", "--format", "peft")
+    assert code == 0 and f"seal-jax export: adapter (peft) of {tiny_run} after round 2\n" in said
     described = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert (described["r"], described["lora_alpha"], described["base_model_name_or_path"]) == (8, 16, config.model.name)
     lora, rank, alpha = peft.load_adapter(tmp_path / "peft", loaded.spec)
@@ -219,6 +220,13 @@ def test_export_writes_the_trained_policy(seal, tiny_run, tmp_path):
     first, rank, alpha = peft.load_adapter(tmp_path / "first", loaded.spec)
     written, _ = checkpoint.load_adapters(tiny_run / "policy/1")
     np.testing.assert_array_equal(first["layers"]["mlp"]["up_proj"]["a"], written["layers"]["mlp"]["up_proj"]["a"])
+
+
+def test_an_adapter_of_the_embedded_model_names_the_model_of_the_hub(seal, run_copy, tmp_path):
+    text, name = (run_copy / "config.yaml").read_text(), config_lib.load(run_copy / "config.yaml").model.name
+    (run_copy / "config.yaml").write_text(text.replace(name, "embedded"))
+    assert seal("export", run_copy, tmp_path / "peft", "--format", "peft")[0] == 0
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_ID
 
 
 def test_peft_and_transformers_compute_the_exported_policy(seal, tiny_run, tmp_path):
@@ -283,6 +291,9 @@ def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, b
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
+UNREACHABLE = ["grade.name=endpoint", "grade.base_url=http://127.0.0.1:9/v1"]  # nobody listens to port 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -294,6 +305,8 @@ def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, b
         (["generate", "CONFIG", "--limit", "0"], "--limit: '0': expected a number above 0"),
         (["generate", "CONFIG", "--limit", "2", "limit"], "override 'limit': expected key.sub=value"),
         (["train", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["train", "runs/nope"], "runs/nope: no such run folder or config file"),
+        (["grade", "FOLDER/train.json", "grade.threshold=2"], "seal-jax grade: grade.threshold=2.0: expected a number above 0"),
         (["train", "FOLDER"], "FOLDER: not a run folder (no versions.json in it)"),
         (["train", "CONFIG", "fit.lora.rnk=1"], "CONFIG: unknown key 'fit.lora.rnk' (did you mean 'rank'?)"),
         (["evaluate", "CONFIG", "evaluate.contexts=few"], "CONFIG: evaluate.contexts: Value 'few' of type 'str' could not be converted"),
@@ -308,6 +321,10 @@ def test_a_run_in_a_bucket_is_read_as_one_on_the_disk(seal, refused, tiny_run, b
         (["train", "CONFIG", "run_dir=FOLDER"], "FOLDER: not empty and not a run (it holds 'config.yaml'); choose another run_dir"),
         (["train", "CONFIG", "run_dir=az://a/b"], "az://a/b: az:// is not known here; give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH"),
         (["train", "CONFIG", "model.max_length=40"], "task.train: no usable context: all 4 have a prompt that leaves no room"),
+        (["train", "CONFIG", *UNREACHABLE], "grade.name=endpoint: http://127.0.0.1:9/v1 cannot be reached (connection failed: "),
+        (["continual", "CONFIG", *UNREACHABLE], "grade.name=endpoint: http://127.0.0.1:9/v1 cannot be reached (connection failed: "),
+        (["grade", "FOLDER/train.json", "name=endpoint", "base_url=http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1 cannot be reached"),
+        (["train", "CONFIG", "grade.name=judge", "grade.model=FOLDER/nothing"], "grade.model='FOLDER/nothing': no such folder or file"),
         (["grade", "FOLDER/nothing.json"], "FOLDER/nothing.json: no such file of cases"),
         (["grade", "FOLDER/train.json", "name=mach"], "grade.name='mach': expected one of match, judge, endpoint"),
     ],

@@ -33,7 +33,7 @@ def test_output_to_pipes_is_results_on_one_and_plain_lines_on_the_other(tiny_con
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["candidate"] for line in done.stdout.splitlines()] == [0, 1]
     lines = done.stderr.splitlines()
-    assert lines[0] == "seal-jax generate: tiny, 1 contexts of train"
+    assert lines[0] == "seal-jax generate: tiny, 1 context of train"
     warning = f"WARNING: data source {tmp_path / 'train.json'}: 1 of 5 items skipped: 1 with an empty passage (item 4 'No passage')"
     assert lines[1] == warning and "\r" not in done.stderr
     assert all(line.startswith("writing self-edits: ") and line.endswith(" left") for line in lines[2:])

@@ -50,6 +50,12 @@ def test_shell_commands_exist(line, monkeypatch):
         assert run.startswith(("runs/", "gs://", "s3://"))
 
 
+def test_no_two_commands_make_the_same_run_folder():
+    lines = [shlex.split(line, comments=True) for line in COMMANDS]
+    names = [word for line in lines if line[:2] != ["seal-jax", "grade"] for word in line if word.startswith("name=")]
+    assert names and len(set(names)) == len(names)
+
+
 def test_inline_commands_are_those_of_the_command_line():
     inline = re.findall(r"`(seal-jax [^`]+)`", README)
     assert inline

@@ -27,6 +27,7 @@ from seal_jax.rest_em.stage import Stage
 from seal_jax.runs import matrix, track
 from seal_jax.runs.store import RunStore
 from seal_jax.tasks.base import Context, TrainingSet
+from seal_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def draw_sequences(config: RunConfig, contexts: Sequence[Context]) -> list[list[
     """The passages of each sequence, drawn as the original draws them."""
     c = config.continual
     if len(contexts) < c.passages:
-        raise SealError(f"continual.passages={c.passages}: task.validation has {len(contexts)} usable contexts")
+        raise SealError(f"continual.passages={c.passages}: task.validation has {counted(len(contexts), 'usable context')}")
     return [[contexts[i] for i in part] for part in matrix.sequences(c.sequences, c.passages, len(contexts), config.seed)]
 
 

@@ -30,6 +30,7 @@ from seal_jax.runs.places import Place
 from seal_jax.runs.store import RunStore
 from seal_jax.sft.engine import Saved
 from seal_jax.tasks.base import Context, Task, TrainingSet, TrainSequence
+from seal_jax.words import counted
 
 EDITS = "passages + self-edits"
 
@@ -45,7 +46,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from", "pretraining.edits")
         most, contexts = max(c.sizes), stage.contexts["validation"]
         if len(contexts) < most:
-            raise SealError(f"pretraining.sizes={c.sizes}: task.validation has {len(contexts)} usable contexts")
+            raise SealError(f"pretraining.sizes={c.sizes}: task.validation has {counted(len(contexts), 'usable context')}")
         beside = given.figures(config, stage.task)
         texts = _write(stage, store, contexts[:most])
         bare = store.once("pretraining/start", lambda: _bare(stage, contexts[:most]))["answers"]
@@ -103,13 +104,13 @@ def _measure(
         models.setdefault(EDITS, []).extend(s for data in sets[context.id] if data.problem is None for s in data.sequences)
     answers, losses = {NONE: [bare[context.id] for context in contexts]}, {}
     for name, sequences in models.items():
-        label = f"{name}, {len(contexts)} passages"
+        label = f"{name}, {counted(len(contexts), 'passage')}"
         with clock("pretraining"):  # without a usable self-edit the model stays as it is
             losses[name] = _train(stage, store, f"{len(contexts):04d}_{_slug(name)}", sequences, label) if sequences else np.zeros(0)
         with clock("adapt"):
             answers[name] = _ask(policy, task, contexts, losses[name], f"answering ({label})")
         if policy.config.pretraining.save:
-            _save(policy, store.folder / "models" / _slug(label))
+            _save(policy, store.folder / "models" / _slug(f"{name}, {len(contexts)} passages"))
         policy.params = base
     records = []
     for i, context in enumerate(contexts):

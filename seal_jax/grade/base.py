@@ -53,6 +53,10 @@ class Grader(Protocol):
 
     name: str
 
+    def check(self) -> None:
+        """Raises `SealError` if nothing could be graded at all: asked once, before a run computes what is then to be graded."""
+        ...
+
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
         """One verdict an item, in their order; None where the grader could not tell. Blank predictions are False."""
         ...

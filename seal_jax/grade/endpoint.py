@@ -5,6 +5,9 @@ The calls of a batch run concurrently. What went wrong decides what follows:
   pause with jitter (or the pause that the server asks for);
 - another 4xx, an empty reply, or one without a yes or a no: this item is ungraded, as is one whose tries are used up;
 - a refused key (401, 403) or an unknown model or address (404): nothing could ever be graded, so the run stops with `SealError`.
+
+A run asks once for nothing, before it computes anything (`check`): a server that is not there, or refuses that, is an error too, which
+later it is not. What may pass (429, 5xx, no answer in time) is only told of. This is asked also where all replies are in the cache.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ MAX_TOKENS = 512  # bounds a model that talks on; one that obeys says a single w
 FIRST_PAUSE = 0.5  # seconds before the second try; doubles from try to try
 LONGEST_PAUSE = 30.0  # seconds
 RETRIED = (408, 409, 429)  # and 5xx
+CONNECTIONS = 3  # tries of `check` to reach the server
+PROBE = GradeItem("Colours", "Which colour is a ripe tomato?", "red", "red")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,10 @@ class _TryAgain(Exception):
     def __init__(self, reason: str, pause: float | None = None):
         super().__init__(reason)
         self.pause = pause
+
+
+class _NoConnection(_TryAgain):
+    """There is no server at that address, or it hung up."""
 
 
 class EndpointGrader:
@@ -83,6 +92,32 @@ class EndpointGrader:
         self.requests = 0
         self._cache = _open_cache(pathlib.Path(config.cache) if config.cache else cache_folder() / "grade")
 
+    def check(self) -> None:
+        """One small request, whose answer does not matter. Raises `SealError` if the server cannot be reached, or refuses it for good."""
+        try:
+            _run(self._probe())
+        except _NoConnection as problem:
+            raise SealError(
+                f"grade.name=endpoint: {self.base_url} cannot be reached ({problem}); start the server, or check grade.base_url"
+            ) from None
+        except _TryAgain as problem:
+            log.warning("%s did not grade a first question (%s); it is asked again when there are answers", self.base_url, problem)
+        except openai.APIStatusError as error:
+            raise SealError(
+                f"{self.base_url}: refuses to grade (status {error.status_code}): {_message(error)}; check grade.model and grade.base_url"
+            ) from None
+
+    async def _probe(self) -> None:
+        async with self._client() as client:
+            for attempt in range(CONNECTIONS):
+                try:
+                    await self._try_once(client, item_prompt(PROBE))
+                    return
+                except _NoConnection:
+                    if attempt == CONNECTIONS - 1:
+                        raise
+                    await asyncio.sleep(FIRST_PAUSE * 2**attempt)
+
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
         verdicts: list[bool | None] = [False] * len(items)
         prompts = {i: item_prompt(item) for i, item in enumerate(items) if not item.blank}
@@ -105,12 +140,15 @@ class EndpointGrader:
             log.warning("%d of %d answers stay ungraded by %s; the last one: %s", len(failed), len(items), self.base_url, failed[-1])
         return verdicts
 
+    def _client(self) -> openai.AsyncOpenAI:
+        # Our own retries: the client's deadline is between two packets, so that a server which dribbles could hold a try for ever.
+        return openai.AsyncOpenAI(base_url=self.base_url, api_key=self._key, max_retries=0, timeout=self.timeout)
+
     async def _ask_all(self, prompts: Sequence[str]) -> dict[str, str | _Failed]:
         """A usable reply, or why there is none, for each prompt; at most `concurrency` in flight."""
         replies: dict[str, str | _Failed] = {}
         todo = iter(prompts)
-        # Our own retries: the client's deadline is between two packets, so that a server which dribbles could hold a try for ever.
-        async with openai.AsyncOpenAI(base_url=self.base_url, api_key=self._key, max_retries=0, timeout=self.timeout) as client:
+        async with self._client() as client:
 
             async def work() -> None:
                 for prompt in todo:
@@ -161,7 +199,7 @@ class EndpointGrader:
         except (TimeoutError, openai.APITimeoutError):
             raise _TryAgain(f"no reply within {self.timeout:g} s") from None
         except openai.APIConnectionError as error:
-            raise _TryAgain(f"connection failed: {_short(str(error.__cause__ or error))}") from None
+            raise _NoConnection(f"connection failed: {_short(str(error.__cause__ or error))}") from None
         except openai.APIStatusError as error:
             status = error.status_code
             if status in (401, 403):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from seal_jax.grade.base import Generate, GradeItem, item_prompt, verdict_of
 from seal_jax.tasks.base import Prompt
 
 
 class JudgeGrader:
-    """Asks `generate` about every item that is not blank. `failures` counts replies without a yes or a no, over the grader's life."""
+    """Asks `generate` about every item that is not blank. `failures` counts replies without a yes or a no, over the grader's life.
+
+    `check` raises `SealError` if the model cannot be had, without loading it.
+    """
 
     name = "judge"
 
-    def __init__(self, generate: Generate):
-        self._generate = generate
+    def __init__(self, generate: Generate, check: Callable[[], None] = lambda: None):
+        self._generate, self._check = generate, check
         self.failures = 0
+
+    def check(self) -> None:
+        self._check()
 
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
         verdicts: list[bool | None] = [False] * len(items)

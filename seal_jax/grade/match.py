@@ -137,5 +137,8 @@ class MatchGrader:
         self.name = "match"
         self.threshold = threshold
 
+    def check(self) -> None:
+        pass
+
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
         return [matches(item.question, item.gold, item.prediction, self.threshold) for item in items]

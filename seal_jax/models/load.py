@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from seal_jax.config import ModelConfig
@@ -25,13 +26,13 @@ class Model:
     name: str  # as the config gave it
 
 
-def load_model(config: ModelConfig, sharding: hf.Sharding | None = None) -> Model:
+def load_model(config: ModelConfig, sharding: hf.Sharding | None = None, key: str = "model.name") -> Model:
     """The model that `config.name` and `config.dtype` ask for, its parameters placed as `sharding` (path, shape) says.
 
-    Raises `SealError` if it is not there, cannot be fetched, or is not supported.
+    `key` is that of the config which gave the name. Raises `SealError` if it is not there, cannot be fetched, or is not supported.
     """
     dtype = resolve_dtype(config.dtype)
-    path = embedded.fetch() if config.name == "embedded" else hf.resolve(config.name)
+    path = _fetched(config.name, key)
     if path.is_file():
         from seal_jax.models.gguf import read_gguf  # its package is needed for such a file alone
 
@@ -40,9 +41,31 @@ def load_model(config: ModelConfig, sharding: hf.Sharding | None = None) -> Mode
     else:
         spec, tokenizer = hf.read_spec(path)
         params = hf.load_params(path, spec, dtype, sharding)
+    _check_ids(path, spec, tokenizer)
+    return Model(spec, params, tokenizer, config.name)
+
+
+def check_model(config: ModelConfig, key: str = "model.name") -> None:
+    """Raises `SealError` where `load_model` would, as far as can be told without reading weights; a hub id is fetched."""
+    resolve_dtype(config.dtype)
+    path = _fetched(config.name, key)
+    if path.is_file():
+        from seal_jax.models.gguf import read_head
+
+        spec, _, tokenizer = read_head(path)
+    else:
+        spec, tokenizer = hf.read_spec(path)
+        hf.check_params(path, spec)
+    _check_ids(path, spec, tokenizer)
+
+
+def _fetched(name: str, key: str) -> Path:
+    return embedded.fetch() if name == "embedded" else hf.resolve(name, key)
+
+
+def _check_ids(path: Path, spec: DecoderSpec, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > spec.vocab_size:
         raise SealError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {spec.vocab_size}; they do not belong together")
-    return Model(spec, params, tokenizer, config.name)
 
 
 def _place(host: dict[str, Any], spec: DecoderSpec, dtype: Any, sharding: hf.Sharding | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from seal_jax.config import RunConfig
 from seal_jax.parallel.chips import GIB
 from seal_jax.parallel.targets import Target
 from seal_jax.parallel.topology import Plan, Program
+from seal_jax.words import counted
 
 KINDS = ("weights", "adapters", "caches", "temporaries")
 
@@ -99,7 +100,8 @@ def _summary(found: dict[str, Any]) -> list[str]:
     why = "every edit of a group" if slots == found["edits_per_shard"] else why
     lines = [
         "fits: yes",
-        f"best K: {slots} slots a shard ({why}), {slots * found['mesh']['edit']} in all: fit.slots={slots} model.remat={found['remat']}",
+        f"best K: {counted(slots, 'slot')} a shard ({why}), {slots * found['mesh']['edit']} in all: "
+        f"fit.slots={slots} model.remat={found['remat']}",
         f"an edit: {edit['flops']:.3g} FLOP, {edit['bytes']:.3g} bytes as the compiler counts them, on all devices",
     ]
     if edit["seconds"] is None:

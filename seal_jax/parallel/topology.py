@@ -35,6 +35,7 @@ from seal_jax.sample import decode
 from seal_jax.sample.engine import cache_length
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
+from seal_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Programs:
         kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
         return Case(
             "fit",
-            f"{slots} slots, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
+            f"{counted(slots, 'slot')}, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
             lambda: self.fit_engine.trace(self.params, self.fit_length, rows, slots),
             kinds,
             self.weights + 3 * slots * self.adapter,
@@ -236,7 +237,7 @@ class Programs:
         adapter = cost.shard_bytes(engine.abstract_state(self.params).weights)
         return Case(
             "M-step",
-            f"{len(pairs)} pairs in {shape.microbatches} x {shape.rows} rows of {shape.length} tokens",
+            f"{counted(len(pairs), 'pair')} in {shape.microbatches} x {shape.rows} rows of {shape.length} tokens",
             lambda: engine.trace(self.params, shape),
             {"weights": self.weights, "adapters": 3 * adapter},
             self.weights + 3 * adapter,
@@ -363,7 +364,7 @@ def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) ->
     built: dict[int, Program] = {}
 
     def bytes_of(slots: int) -> float:
-        say(f"compiling fit with {slots} slots a shard, remat {programs.remat}")
+        say(f"compiling fit with {counted(slots, 'slot')} a shard, remat {programs.remat}")
         built[slots] = build(programs.fit(slots), programs.mesh)
         return math.inf if math.isinf(built[slots].total) else built[slots].total
 

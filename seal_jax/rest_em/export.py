@@ -6,7 +6,7 @@ import os
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
-from seal_jax.models import hf, load, peft
+from seal_jax.models import embedded, hf, load, peft
 from seal_jax.models import lora as lora_lib
 from seal_jax.rest_em import loop
 from seal_jax.rest_em.policy import Policy
@@ -16,8 +16,8 @@ from seal_jax.runs.places import Place, place
 from seal_jax.runs.store import CONFIG, existing
 
 
-def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> Place:
-    """Writes the policy after round `number` (default: the last finished one) to `output`.
+def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], form: str, number: int | None = None) -> tuple[Place, int]:
+    """Writes the policy after round `number` (default: the last finished one) to `output`; returns that and the round.
 
     "hf": the merged model with its tokenizer. "peft": one adapter of the model that the run started from, the sum of all rounds' up to
     that one. Raises `SealError` if there is no such round, or `output` exists and is not empty.
@@ -41,11 +41,12 @@ def export(run_folder: str | os.PathLike[str], output: str | os.PathLike[str], f
         found = [checkpoint.load_adapters(folder / "policy" / str(n)) for n in learnt]
         rank, alpha = (sum(metadata[key] for _, metadata in found) for key in ("rank", "alpha"))
         with files.staged(output) as here:
-            peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, config.model.name)
-        return output
+            base = embedded.HUB_ID if config.model.name == "embedded" else config.model.name
+            peft.save_adapter(here, lora_lib.concatenate([lora for lora, _ in found]), rank, alpha, base)
+        return output, number
     policy = Policy(load.load_model(config.model), config)
     for before in range(1, number + 1):
         restore(policy, store, before)
     with files.staged(output) as here:
         hf.save_folder(here, policy.decoder.spec, policy.params, policy.tokenizer)
-    return output
+    return output, number

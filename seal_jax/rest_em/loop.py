@@ -26,6 +26,7 @@ from seal_jax.rest_em.stage import Stage, build, restore
 from seal_jax.runs import checkpoint, health, track
 from seal_jax.runs.store import RunStore, existing
 from seal_jax.tasks.base import Context, Figure
+from seal_jax.words import counted
 
 if TYPE_CHECKING:
     from seal_jax.fleet.store import WorkerStore
@@ -174,7 +175,8 @@ def train(
         refuse_evaluation(store, "train")
         claim(store, "train")
         texts = general.texts(config.rest_em.retention.texts) if retention.wanted(config.rest_em.retention) else []
-        stage = build(config, ("train", "validation"))
+        done = store.has("table") and store.has(f"rounds/{config.rest_em.rounds}/m_step")  # so that a finished run can be read anywhere
+        stage = build(config, ("train", "validation"), grades=not done)
         retention.check(config, len(stage.contexts["train"]))  # before anything is measured
         evaluations = {}
         if config.evaluate.during_training:
@@ -221,7 +223,7 @@ def stage_of(
     `build`."""
     if trained is None:
         refuse_evaluation(store, what)
-        return build(config, splits, edits=edits), 0
+        return build(config, splits, edits=edits, grades=not store.has("table")), 0
     if store.names() and not store.has(ORIGIN):
         raise SealError(f"{store.folder}: holds a run of its own, nothing of {trained}; choose another run_dir")
     source = existing(trained)
@@ -229,10 +231,10 @@ def stage_of(
     origin = store.once(ORIGIN, lambda: now)
     if origin["policy"] != now["policy"]:
         raise SealError(
-            f"{store.folder}: holds the evaluation of {origin['run']} after {origin['rounds']} rounds, "
+            f"{store.folder}: holds the evaluation of {origin['run']} after {counted(origin['rounds'], 'round')}, "
             f"{trained} is after {now['rounds']}, or another; choose another run_dir"
         )
-    return build(config, splits, source, now["rounds"], edits), now["rounds"]
+    return build(config, splits, source, now["rounds"], edits, not store.has("table")), now["rounds"]
 
 
 def evaluate_only(
@@ -267,7 +269,7 @@ def generate(config: RunConfig, split: str, limit: int, trained: str | os.PathLi
     source = None if trained is None else existing(trained)
     if source is not None:
         refuse_evaluation(source, "generate from")
-    stage = build(config, (split,), source, rounds_done(source) if source is not None else 0, "rest_em.edits")
+    stage = build(config, (split,), source, rounds_done(source) if source is not None else 0, "rest_em.edits", False)
     policy, task = stage.policy, stage.task
     for context in stage.contexts[split][:limit]:
         keys = [("generate", context.id, k) for k in range(config.rest_em.edits)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from seal_jax import config as config_lib
 from seal_jax import grade, tasks
@@ -22,6 +23,8 @@ from seal_jax.tasks.base import Context, Prompt, Task
 
 log = logging.getLogger(__name__)
 
+JUDGE = "grade.model"  # the key that names a judging model
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -32,15 +35,24 @@ class Stage:
     contexts: dict[str, list[Context]]
 
 
-def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = None, after: int = 0, edits: str | None = None) -> Stage:
+def build(
+    config: RunConfig,
+    splits: Sequence[str],
+    trained: RunStore | None = None,
+    after: int = 0,
+    edits: str | None = None,
+    grades: bool = True,
+) -> Stage:
     """What `config` asks for; with `trained`, the policy as it is after round `after` of that run.
 
     The task comes first: what it finds wrong shows before a model is loaded. `edits` is the config key that says how many self-edits a
-    context gets ("": always one), where it is not that of the split's usual purpose.
+    context gets ("": always one), where it is not that of the split's usual purpose. `grades`: whether anything is still to be graded.
     """
     task = tasks.build(config.task, grader(config))
     contexts = {split: task.contexts(split) for split in splits}
     given.check(config, task, contexts, edits)
+    if grades:
+        check_grader(task)
     if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
         raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
     policy = load_policy(config)
@@ -50,10 +62,16 @@ def build(config: RunConfig, splits: Sequence[str], trained: RunStore | None = N
     return Stage(policy, task, {split: usable(policy, task, found, split) for split, found in contexts.items()})
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The configured model, on the configured mesh."""
+def check_grader(task: Task) -> None:
+    """Raises `SealError` if the task's grader, where it has one, could grade nothing."""
+    if (asked := getattr(task, "grader", None)) is not None:
+        asked.check()
+
+
+def load_policy(config: RunConfig, key: str = "model.name") -> Policy:
+    """The configured model, on the configured mesh. `key`: where its name comes from, for messages."""
     mesh = mesh_lib.make(config.mesh)
-    return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh)), config, mesh)
+    return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh), key), config, mesh)
 
 
 def restore(policy: Policy, store: RunStore, number: int) -> None:
@@ -83,22 +101,30 @@ def usable(policy: Policy, task: Task, contexts: Sequence[Context], split: str) 
 def grader(config: RunConfig) -> Grader:
     """The grader that the config names. A judging model is loaded at its first call; it is not the policy, which changes as it learns."""
     judge: list[Policy] = []
+    model = dataclasses.replace(config.model, name=config.grade.model)
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
         if not judge:
-            settings = dataclasses.replace(
-                config,
-                model=dataclasses.replace(config.model, name=config.grade.model),
-                answer=dataclasses.replace(config.answer, max_tokens=8),
-            )
-            try:
-                judge.append(load_policy(settings))
-            except SealError as error:
-                raise SealError(f"grade.model, the judge: {error}") from None
+            with _of_the_judge():
+                settings = dataclasses.replace(config, model=model, answer=dataclasses.replace(config.answer, max_tokens=8))
+                judge.append(load_policy(settings, JUDGE))
         return judge[0].answer([prompts], what="judging")[0]
 
-    found = grade.build(config.grade, generate)
+    def check() -> None:
+        with _of_the_judge():
+            load.check_model(model, JUDGE)
+
+    found = grade.build(config.grade, generate, check)
     return _AskedOnce(found) if config.grade.name == "endpoint" else found
+
+
+@contextlib.contextmanager
+def _of_the_judge() -> Iterator[None]:
+    """Messages say that they are about the judge, not the policy."""
+    try:
+        yield
+    except SealError as error:
+        raise SealError(str(error) if str(error).startswith(JUDGE) else f"{JUDGE}, the judge: {error}") from None
 
 
 class _AskedOnce:
@@ -106,6 +132,16 @@ class _AskedOnce:
 
     def __init__(self, grader: Grader):
         self.name, self._grader = grader.name, grader
+
+    def check(self) -> None:
+        problem = None
+        if processes.first():
+            try:
+                self._grader.check()
+            except SealError as error:
+                problem = str(error)
+        if (problem := processes.share(problem)) is not None:
+            raise SealError(problem)
 
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
         return processes.share(self._grader.grade(items) if processes.first() else None)

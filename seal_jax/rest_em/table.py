@@ -102,6 +102,8 @@ def table(
         "accuracy: mean over contexts of the share of questions answered right; "
         f"[95 % bootstrap interval over contexts, {resamples} resamples]"
     ]
+    if edits > 1:
+        said.append(f"mean of K: over the K = {edits} self-edits of each context; single: rows without self-edits")
     if edits > 1 and seeds > 1:
         said.append(f"best of K: of {edits} self-edits the best on seed 0, scored on the other seeds")
     below = dict.fromkeys(figure.note for figure in beside if figure.note)

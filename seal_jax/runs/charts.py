@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from seal_jax.words import counted
+
 # Stand-ins that are swapped for the page's colours in the finished SVG.
 INK, MUTED, GRID, PAPER, MAIN, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207", "#010208"
 _COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper", MAIN: "--main", SECOND: "--second"}
@@ -148,7 +150,7 @@ def _spread(axes: Axes, panel: Mapping[str, Any]) -> None:
     ):
         if points:
             axes.scatter(*np.array(points).T, s=size, label=label, clip_on=False, zorder=3, **style)
-    shown = f"{total} contexts" if total == len(contexts) else f"{len(contexts)} of {total} contexts, evenly spaced"
+    shown = counted(total, "context") if total == len(contexts) else f"{len(contexts)} of {total} contexts, evenly spaced"
     axes.set_title(panel["title"], loc="left", fontsize=10, fontweight="bold", color=INK)
     axes.set_xlabel(f"{shown}, in order of mean reward")
     axes.set_xticks([])

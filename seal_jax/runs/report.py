@@ -25,11 +25,13 @@ from seal_jax.runs import charts, continual_view, files, health, lock, store, ta
 from seal_jax.runs.events import read_events
 from seal_jax.runs.places import Place
 from seal_jax.tasks.base import View
+from seal_jax.words import counted
 
 EXAMPLES = 5  # contexts shown in full
 SEQUENCES = 60  # training sequences shown of one self-edit
 EVALUATIONS = {"before": "the evaluation of the base policy", "after": "the evaluation after training"}  # others: by their folder
 ROUNDS = 6  # panels of the reward spread: the last rounds
+SWEEP = "sweep.json"  # the table in a sweep's folder
 STAGES = {
     "sample": "writing self-edits",
     "adapt": "inner loops, and answers with their adapters",
@@ -40,8 +42,19 @@ STAGES = {
 
 
 def write_report(run_folder: str | os.PathLike[str] | Place) -> Place:
-    """Writes `report.html` into the run folder and returns its path. Raises `SealError` if this is no run or it cannot be written."""
-    folder = store.existing(run_folder).folder
+    """Writes `report.html` into the run folder and returns its path.
+
+    Raises `SealError` if this is no run, or one of a sweep's lanes, or it cannot be written.
+    """
+    folder = store.RunStore(run_folder).folder
+    try:
+        found = store.existing(run_folder)
+    except SealError:
+        if (folder / SWEEP).is_file():
+            raise SealError(f"{folder}: holds a sweep, whose table is {folder / SWEEP}; a report is of one run") from None
+        raise
+    if found.names("shared/") or found.names("settings/"):
+        raise SealError(f"{folder}: holds the lanes of a sweep, which have no report; see {folder.parent / SWEEP}")
     loader = jinja2.PackageLoader("seal_jax", "runs")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": clean, "percent": table.percent, "interval": table.interval}
@@ -82,11 +95,6 @@ def duration(seconds: float) -> str:
 def in_bytes(number: float) -> str:
     """ "812 MB", "13.4 GB"."""
     return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
-
-
-def counted(number: int, what: str) -> str:
-    """ "1 line", "2 lines"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def view(folder: Place) -> dict[str, Any]:
@@ -185,6 +193,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": config.get("name") or "run",
         "model": parts["model"].get("name") or "unknown",
+        "dtype": parts["model"].get("dtype") or "unknown",
         "task": parts["task"].get("name") or "unknown",
         "seed": config.get("seed", "unknown"),
     }

@@ -135,7 +135,8 @@ class RunStore:
         before = read_unit(self.folder / VERSIONS)
         if not before:
             files.write_atomic(self.folder / VERSIONS, files.dump(now))
-        elif differs := {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}:
+        # What `before` does not tell of, an earlier version of this program did not write down.
+        elif differs := {key: [value, now.get(key)] for key, value in before.items() if value != now.get(key)}:
             self.log("versions_changed", changes=differs)
 
     def log(self, event: str, /, **fields: Any) -> None:
@@ -375,8 +376,13 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, Any]:
-    """What the results may depend on besides the configuration: packages, platform, devices, the commit of a checkout."""
+    """What the results may depend on besides the configuration: packages, platform, devices, the commit of a checkout.
+
+    "auto_dtype" is what `model.dtype: auto` means on these devices; "cpu" is the CPU's name where that computes.
+    """
     import jax  # here, because it starts the accelerator
+
+    from seal_jax.models.dtypes import resolve_dtype
 
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", "flax", "optax", "transformers", "numpy"):
@@ -392,8 +398,20 @@ def versions() -> dict[str, Any]:
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
+        **({"cpu": _cpu()} if devices[0].platform == "cpu" else {}),
+        "auto_dtype": str(resolve_dtype("auto")),
         "commit": _commit(),
     }
+
+
+def _cpu() -> str | None:
+    """The name of this machine's CPU; None where Linux has only numbers for it, as on Arm."""
+    try:
+        told = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^model name\s*:\s*(\S.*)$", told, re.MULTILINE)
+    return found and found[1].strip()
 
 
 def _commit() -> str | None:

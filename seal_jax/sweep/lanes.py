@@ -30,6 +30,7 @@ from seal_jax.sweep.space import Settings
 from seal_jax.sweep.table import Record
 from seal_jax.sweep.trial import say
 from seal_jax.tasks.base import Context, TrainingSet
+from seal_jax.words import counted
 
 # What the program takes as arrays, one value an edit, or masks: everything else of the inner loop is a shape, or the same for all.
 KEYS = (
@@ -167,7 +168,7 @@ def _measure(
             Edit((KEY, contexts[i].id, m, s), dataclasses.replace(sets[i][m], fit={**lane.fit, **sets[i][m].fit}), probes[i])
             for lane, i, m, s in trials
         ]
-        adapted = policy.adapt(edits, f" in {len(lanes)} lanes{what}")
+        adapted = policy.adapt(edits, f" in {counted(len(lanes), 'lane')}{what}")
     with clock("grade"):
         scores = task.score([(contexts[i], a.outputs) for (_, i, _, _), a in zip(trials, adapted, strict=True)])
     results = {(lane.name, i, m, s): trial(s, a.outputs, a.losses, score)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from seal_jax import config as config_lib
-from seal_jax import tasks
+from seal_jax import grade, tasks
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
 from seal_jax.runs import files
@@ -56,6 +56,7 @@ def run(sweep: Sweep) -> dict[str, Any]:
         raise SealError(f'search={sweep.config.search} needs Ray Tune ({error.name} is missing): pip install "seal_jax[ray]"') from None
     if int(os.environ.get(processes.COUNT) or 1) > 1:
         raise SealError(f"{processes.COUNT}={os.environ[processes.COUNT]}: Ray starts the trials' processes itself; start the sweep once")
+    _check_grader(sweep)
     with _folder(sweep):
         records = read_records(sweep)
 
@@ -75,7 +76,7 @@ def _lanes(sweep: Sweep) -> dict[str, Any]:
     from seal_jax.sweep import lanes
 
     records, notes = lanes.run(sweep)
-    table = table_lib.build(records, notes)
+    table = table_lib.build(records, notes, "results")
     if speaks(sweep):
         write_table(sweep, table, True)
     return table
@@ -154,6 +155,18 @@ def refuse_settings_that_edits_choose(sweep: Sweep) -> None:
             f"{sweep.where}: space.{found[0]}: self-edits of the task {sweep.base.task.name!r} choose it themselves, as it is configured, "
             "and keep what they chose in every trial; leave it out"
         )
+
+
+def _check_grader(sweep: Sweep) -> None:
+    """Raises `SealError` if a server is to grade, the same for all trials, and cannot: each trial would only find that for itself.
+
+    A judging model is looked at by the trials: that takes JAX, which is not to start in this process.
+    """
+    config = sweep.base.grade
+    if config.name == "endpoint" and not any(key.startswith("grade.") for key in sweep.space):
+        task = tasks.build(sweep.base.task, grade.build(config))
+        if (asked := getattr(task, "grader", None)) is not None:
+            asked.check()
 
 
 class _NoGrader:

@@ -5,7 +5,7 @@ A trial's record is JSON data:
     {"trial": short digest of its settings, "settings": {key: value}, "does": "train" or "evaluate",
      "status": "done", "stopped" (by ASHA), "failed" or "running",
      "problem": why it failed or null, "rewards": [mean reward of each round], "table": the run's result table or null,
-     "result": of its rows the one about the final policy's self-edits or null, "seconds": float or null, "run": its folder}
+     "result": of its rows the one about the final policy's self-edits or null, "seconds": float or null, "run": the folder of its results}
 
 and a row of the table is that without "table".
 """
@@ -41,10 +41,11 @@ def score(record: Mapping[str, Any]) -> float | None:
     return record["rewards"][-1] if record["rewards"] and record["table"] is not None else None
 
 
-def build(records: Sequence[Record], notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The table, as plain JSON data: {"kind": "sweep", "rows": [record without "table"], "notes": [text]}.
+def build(records: Sequence[Record], notes: Sequence[str] = (), folder: str = "run folder") -> dict[str, Any]:
+    """The table, as plain JSON data: {"kind": "sweep", "rows": [record without "table"], "notes": [text], "folder": text}.
 
-    Equally good trials stay in the order of `records`.
+    `folder` is the word for what "run" names: lanes share one run folder, and have no more than a folder of results each in it. Equally
+    good trials stay in the order of `records`.
     """
 
     def order(record: Record) -> tuple[Any, ...]:
@@ -57,7 +58,7 @@ def build(records: Sequence[Record], notes: Sequence[str] = ()) -> dict[str, Any
     if any(record["status"] == "stopped" for record in records):
         said.append("stopped: by ASHA, after the last round that has a reward")
     rows = [{key: value for key, value in record.items() if key != "table"} for record in sorted(records, key=order)]
-    return {"kind": "sweep", "rows": rows, "notes": [*said, *notes]}
+    return {"kind": "sweep", "rows": rows, "notes": [*said, *notes], "folder": folder}
 
 
 def format_table(table: Mapping[str, Any]) -> str:
@@ -76,7 +77,7 @@ def format_table(table: Mapping[str, Any]) -> str:
     if any(r.get("ungraded") for r in results):
         columns.append(("ungraded", ">", [str(r.get("ungraded", "–")) for r in results]))
     columns.append(("seconds", ">", ["–" if row["seconds"] is None else f"{row['seconds']:.0f}" for row in rows]))
-    columns.append(("run folder", "<", [row["run"] for row in rows]))
+    columns.append((table["folder"], "<", [row["run"] for row in rows]))
     columns.append(("status", "<", [row["status"] + (f": {row['problem']}" if row["problem"] else "") for row in rows]))
     return aligned(columns, table["notes"])
 

@@ -167,7 +167,10 @@ class View:
 
 
 class Task(Protocol):
-    """What ReST-EM and the experiments ask of a task."""
+    """What ReST-EM and the experiments ask of a task.
+
+    One that asks the grader it is built with keeps it as `grader`: whether that can work is then seen before anything is computed.
+    """
 
     def contexts(self, split: str) -> list[Context]:
         """The contexts of `split` ("train" or "validation"), in a fixed order. Unusable items are skipped and counted."""

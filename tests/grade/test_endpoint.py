@@ -123,7 +123,8 @@ def serve():
 
     yield start
     for server in servers:
-        server.stop()
+        if not server.over.is_set():
+            server.stop()
 
 
 @pytest.fixture
@@ -153,6 +154,50 @@ def test_asks_and_reads_verdicts(serve, grader, monkeypatch):
     assert body["messages"] == [{"role": "user", "content": item_prompt(item("red"))}]
     assert (body["model"], body["temperature"]) == ("m", 0.0)
     assert set(server.keys) == {"Bearer secret"}
+
+
+PASSING = [(500, {}), (503, b"busy"), (429, {}), (200, b"{junk")]
+
+
+@pytest.mark.parametrize("reply", ["yes", "Hello there.", (200, completion(None)), *PASSING], ids=str)
+def test_a_server_that_is_there_passes_the_check(serve, grader, reply, caplog):
+    server = serve(lambda *_: reply)
+    grader(server).check()
+    assert len(server.bodies) == 1 and server.bodies[0]["model"] == "m"
+    assert ["did not grade a first question" in m for m in caplog.messages] == [True] * (reply in PASSING)
+
+
+def test_a_slow_server_passes_the_check(serve, grader, caplog):
+    grader(serve(lambda *_: "STALL"), timeout=0.3).check()
+    assert "no reply within 0.3 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ((401, {"error": {"message": "bad key"}}), r"key refused \(status 401\): bad key; check OPENAI_API_KEY"),
+        ((403, {}), r"key refused \(status 403\)"),
+        ((404, {"error": {"message": "no such model"}}), r"unknown model 'm' or address \(status 404\): no such model; check grade.model"),
+        ((400, {"error": {"message": "no max_tokens"}}), r"refuses to grade \(status 400\): no max_tokens"),
+        ("CLOSE", "cannot be reached"),
+    ],
+    ids=str,
+)
+def test_a_server_that_will_never_grade_fails_the_check(serve, grader, reply, said):
+    server = serve(lambda *_: reply)
+    with pytest.raises(SealError, match=said) as error:
+        grader(server).check()
+    assert server.url in str(error.value) and "\n" not in str(error.value)
+
+
+def test_without_a_server_the_check_fails_and_a_short_outage_passes_it(serve, grader):
+    server = serve(lambda number, _: "CLOSE" if number < 2 else "yes")
+    grader(server).check()
+    server.stop()
+    with pytest.raises(
+        SealError, match=rf"grade.name=endpoint: {server.url} cannot be reached \(.*\); start the server, or check grade.base_url"
+    ):
+        grader(server).check()
 
 
 def test_replies_are_cached_by_prompt_model_and_server(serve, grader):

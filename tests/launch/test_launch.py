@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -240,6 +241,52 @@ def test_what_exists_already_is_neither_used_nor_deleted(checkout):
         assert not any(word in call for call in done.calls for word in ("delete", "down", "create squad"))
 
 
+@pytest.mark.parametrize(
+    ("way", "flags", "fails", "said"),
+    [
+        ("tpu_vm", [], "auth list", "gcloud has no account; sign in with: gcloud auth login"),
+        ("tpu_vm", [], "get-value", "gcloud has no project; give --project, or run: gcloud config set project PROJECT"),
+        ("tpu_vm", ["--project", "mine"], "auth list|get-value", "gcloud has no account"),
+        ("jobset", [], "auth list", "gcloud has no account"),
+        ("jobset_pool", [], "auth list", "gcloud has no account"),
+        ("kuberay", [], "get-value", "gcloud has no project"),
+    ],
+)
+def test_without_an_account_or_a_project_nothing_is_begun(way, flags, fails, said, checkout):
+    done = checkout(way, *flags, fails=fails)
+    assert done.code == 2 and said in done.err[-1]
+    assert done.calls and all("auth list" in call or "get-value" in call for call in done.calls)
+
+
+def test_a_project_that_is_given_is_not_asked_for(checkout):
+    done = checkout("tpu_vm_direct", fails="get-value")
+    assert done.code == 0 and not any("get-value" in call for call in done.calls)
+
+
+def packed(checkout):
+    assert checkout("tpu_vm").code == 0
+    with tarfile.open(checkout.path / "build/launch/squad.source.tgz") as archive:
+        return {name.removeprefix("./") for name in archive.getnames()}
+
+
+def test_what_git_ignores_or_has_lost_is_not_sent(checkout):
+    shutil.copy(ROOT / ".gitignore", checkout.path)
+    for name in ("data/my passages.json", "sweeps/a/sweep.json", "exported/model.safetensors", "adapter/x", "runs/other/x", "old.txt"):
+        (checkout.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout.path / name).write_text("x")
+    beside = {"launch/tpu_vm.sh", "configs/squad.yaml", "data/my passages.json"}
+    names = packed(checkout)
+    assert beside | {"old.txt"} <= names, "without git"
+    assert not any(name.startswith(("sweeps", "exported", "adapter", "runs", "build")) for name in names)
+    git = ["git", "-C", str(checkout.path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "add", "launch", "old.txt"], check=True)
+    (checkout.path / "old.txt").unlink()
+    names = packed(checkout)
+    assert beside | {".gitignore"} <= names and "old.txt" not in names, "with git: also what it does not know yet"
+    assert not any(name.startswith(("sweeps", "exported", "adapter", "runs", "build", ".git/")) for name in names)
+
+
 def test_kept_machines_are_named_and_reused(checkout):
     done = checkout("tpu_vm", "--keep")
     assert done.code == 0 and not any("delete" in call for call in done.calls)
@@ -301,7 +348,7 @@ def test_slices(tpu, chips, hosts, accelerator, label, machine, checkout):
     if accelerator:
         dry = checkout(f"tpu_vm.sh --tpu {tpu} --zone a", "--dry-run")
         assert any(f" --accelerator-type={accelerator} " in line for line in dry.out)
-        assert dry.out[0].startswith(f"# {hosts} hosts of {chips // hosts} chips")
+        assert dry.out[0].startswith(f"# {hosts} host{'s' * (hosts > 1)} of {chips // hosts} chip{'s' * (chips > hosts)}")
 
 
 def test_ray_clusters(checkout):
@@ -408,7 +455,7 @@ def test_bad_input_is_one_line(checkout):
         command = [checkout.path / "launch" / script, *flags, *given, *after]
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (line, done.stderr)
-        assert not done.stdout.replace("# 1 hosts of 4 chips\n", ""), line
+        assert not done.stdout.replace("# 1 host of 4 chips\n", ""), line
 
 
 def test_scripts_pass_shellcheck():

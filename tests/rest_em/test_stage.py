@@ -1,10 +1,12 @@
 import dataclasses
+import shutil
 
 import pytest
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.grade.base import GradeItem
+from seal_jax.rest_em import loop
 from seal_jax.rest_em import stage as stage_lib
 
 
@@ -30,7 +32,45 @@ def test_contexts_with_prompts_too_long_are_skipped_and_counted(base, caplog):
     assert len(caplog.messages) == 1
 
 
+def judged(base, model):
+    return dataclasses.replace(base, grade=dataclasses.replace(base.grade, name="judge", model=str(model)))
+
+
 def test_a_judge_that_is_not_there_is_named(base, tmp_path):
-    config = dataclasses.replace(base, grade=dataclasses.replace(base.grade, name="judge", model=str(tmp_path / "nothing")))
-    with pytest.raises(SealError, match=r"grade.model, the judge: .*nothing"):
-        stage_lib.grader(config).grade([GradeItem("t", "q", "gold", "answer")])
+    config = judged(base, tmp_path / "nothing")
+    for work in (lambda g: g.check(), lambda g: g.grade([GradeItem("t", "q", "gold", "answer")])):
+        with pytest.raises(SealError, match=r"^grade.model='.*nothing': no such folder or file"):
+            work(stage_lib.grader(config))
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_judge_that_cannot_be_loaded_is_found_before_a_policy_is(base, tiny_model, tmp_path, monkeypatch, lost):
+    def never(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(stage_lib.load, "load_model", never)
+    folder = shutil.copytree(tiny_model, tmp_path / "judge")
+    stage_lib.grader(judged(base, folder)).check()
+    (folder / lost).unlink()
+    with pytest.raises(SealError, match=rf"^grade.model, the judge: {folder}"):
+        stage_lib.build(judged(base, folder), ("train",))
+
+
+def test_a_grader_is_checked_where_there_is_something_to_grade(base, tmp_path):
+    judge = judged(base, tmp_path / "nothing")
+    with pytest.raises(SealError, match=r"^grade.model="):
+        loop.evaluate_only(dataclasses.replace(judge, run_dir=str(tmp_path / "run")))
+    assert list(loop.generate(judge, "train", 1)), "writing self-edits grades nothing"
+
+
+def test_a_finished_run_is_read_without_its_grader(tiny_run, tmp_path, monkeypatch):
+    def never(task):
+        raise LookupError("asked")
+
+    monkeypatch.setattr(stage_lib, "check_grader", never)
+    folder = shutil.copytree(tiny_run, tmp_path / "copy")
+    config = dataclasses.replace(config_lib.load(folder / "config.yaml"), run_dir=str(folder))
+    assert loop.train(config)["rows"]
+    (folder / "table.json").unlink()
+    with pytest.raises(LookupError):
+        loop.train(config)

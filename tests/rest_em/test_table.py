@@ -134,6 +134,7 @@ def test_best_of_k_needs_two_edits_and_two_seeds():
     def statistics(seeds, edits):
         result = table({"base": contexts}, seeds=seeds, edits=edits, resamples=10, seed=0, notes=["more"])
         assert result["notes"][-1] == "more"
+        assert ("K = 2 self-edits" in " ".join(result["notes"])) == (edits == 2)
         assert ("best of K" in " ".join(result["notes"])) == ((seeds, edits) == (2, 2))
         return [row["statistic"] for row in result["rows"]]
 

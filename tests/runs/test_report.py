@@ -168,6 +168,15 @@ def test_empty_run(tmp_path):
     assert not any(tag == "svg" for tag, _ in page.tags)
 
 
+@pytest.mark.parametrize(("dtype", "told"), [("auto", "Weightsauto: bfloat16 "), ("float32", "Weightsfloat32 ")])
+def test_the_head_tells_the_weights_dtype_and_the_cpu(tmp_path, dtype, told):
+    (tmp_path / "config.yaml").write_text(f"name: fresh\nmodel: {{dtype: {dtype}}}\n")
+    found = {"device": "cpu", "devices": 1, "platform": "Linux x86_64", "cpu": "Some <CPU> 9", "auto_dtype": "bfloat16"}
+    (tmp_path / "versions.json").write_text(json.dumps(found))
+    words = Page(write_report(tmp_path)).words
+    assert told in words and "1 × cpu (Linux x86_64, Some <CPU> 9)" in words
+
+
 def test_a_run_of_nothing_but_failures(made_up, tmp_path):
     run = made_up(tmp_path / "run", contexts=2, rounds=1)
     for path in run.rglob("[0-9]*.json"):
@@ -241,6 +250,17 @@ def test_notices_of_a_continued_run(made_up, tmp_path):
     assert "Continued with another config: fit.slots 64 → 8." in page.words
     assert "rounds/1/m_step was set aside as m_step.json.damaged" in page.words
     assert page.words.count("2 of 9 items skipped") == 1
+
+
+def test_best_of_k_in_the_table_is_only_spoken_of_where_it_is(made_up, page, tmp_path):
+    told = "the result table has one that is scored on other seeds"
+    assert told in page.words
+    folder = made_up(tmp_path)
+    table = json.loads((folder / "table.json").read_text())
+    table["rows"] = [row for row in table["rows"] if row["statistic"] != "best of K"]
+    (folder / "table.json").write_text(json.dumps(table))
+    words = Page(write_report(folder)).words
+    assert told not in words and "so it flatters, the more the noisier rewards are." in words
 
 
 def test_duration():

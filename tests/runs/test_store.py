@@ -11,6 +11,7 @@ import yaml
 
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
+from seal_jax.models.dtypes import resolve_dtype
 from seal_jax.runs import lock, store
 from seal_jax.runs.events import read_events
 from seal_jax.runs.store import RunStore
@@ -61,6 +62,8 @@ def test_creation_writes_config_and_versions(folder):
         "devices",
     } <= versions.keys()
     assert versions["devices"] >= 1
+    assert versions["auto_dtype"] == str(resolve_dtype("auto"))
+    assert ("cpu" in versions) == (versions["backend"] == "cpu")
     assert [e["event"] for e in read_events(folder / "events.jsonl")] == ["created", "hello", "finished"]
 
 
@@ -180,6 +183,9 @@ def test_other_versions_are_noted(folder):
     (folder / "versions.json").write_bytes(json.dumps({**data, "jax": "0.1"}).encode())
     RunStore.create_or_open(folder, make_config()).close()
     assert events(folder, "versions_changed")[0]["changes"] == {"jax": ["0.1", data["jax"]]}
+    (folder / "versions.json").write_bytes(json.dumps({key: data[key] for key in data if key != "auto_dtype"}).encode())
+    RunStore.create_or_open(folder, make_config()).close()
+    assert len(events(folder, "versions_changed")) == 1, "what an earlier version did not write down has not changed"
 
 
 def test_a_folder_that_is_no_run_stays_as_it_is(anywhere):

@@ -12,6 +12,7 @@ from seal_jax.errors import SealError
 from seal_jax.rest_em import loop
 from seal_jax.rest_em import stage as stage_lib
 from seal_jax.rest_em.policy import Adapted, Policy
+from seal_jax.runs.report import write_report
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import lanes as lanes_lib
 from seal_jax.sweep import run as sweep_run
@@ -79,6 +80,11 @@ def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeyp
     assert made == [24, 24] and len(rows) == 12
     before = {row["trial"]: row["result"] for row in table["rows"]}
     assert {row["trial"]: row["result"] for row in rows if row["trial"] in before} == before
+    shown = table_lib.format_table(table)
+    assert "results" in shown.splitlines()[0] and "run folder" not in shown, "a lane has no run folder of its own"
+    for folder, said in ((sweep.folder, "holds a sweep, whose table is"), (sweep.folder / "lanes", "holds the lanes of a sweep")):
+        with pytest.raises(SealError, match=rf"{said}.*{sweep.folder / 'sweep.json'}"):
+            write_report(folder)
 
 
 def test_lanes_of_an_edit_that_chooses_for_itself(write_sweep):

@@ -94,6 +94,15 @@ def test_a_trials_process_has_what_it_was_given(resources, told):
     assert trial_lib.environment(resources) == told
 
 
+def test_a_server_that_cannot_grade_stops_a_sweep_before_its_trials(write_sweep, tmp_path):
+    pytest.importorskip("ray", reason="trials need Ray; pip install seal_jax[ray]")
+    said = {"rest_em.rounds": 1, "grade.name": "endpoint", "grade.base_url": "http://127.0.0.1:9/v1"}
+    sweep = sweep_config.load(write_sweep(space={"rest_em.keep": [1, 2]}, set=said))
+    with pytest.raises(SealError, match=r"127\.0\.0\.1:9/v1 cannot be reached"):
+        sweep_run.run(sweep)
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_an_error_is_one_line():
     assert trial_lib.reason(SealError("a: b")) == "a: b"
     assert trial_lib.reason(ValueError("x\n  y")) == "ValueError: x y" and trial_lib.reason(KeyError()) == "KeyError"

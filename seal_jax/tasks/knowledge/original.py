@@ -55,7 +55,7 @@ def read_json(path: str | os.PathLike[str], where: str) -> Any:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
-        raise SealError(f"{where}: no such file: {path}") from None
+        raise SealError(f"{where}: no such file" + ("" if where.endswith(f"={path}") else f": {path}")) from None
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
         raise SealError(f"{where}: {path} is not readable as JSON: {' '.join(str(error).split())[:300]}") from None
 

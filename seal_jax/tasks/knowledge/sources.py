@@ -227,8 +227,9 @@ def _read_json(source: Source, split: str) -> list[Any]:
     if not os.path.isfile(path):
         close = difflib.get_close_matches(source.name.partition(":")[0], ["fictional", "datasets", "tfds"], 1, 0.6)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
+        named = "" if str(path) == source.line else f": {path}"
         raise SealError(
-            f"data source {source.line}: no such file: {path}{hint}; expected fictional, a JSON file, datasets:NAME or tfds:NAME@DIR"
+            f"data source {source.line}: no such file{named}{hint}; expected fictional, a JSON file, datasets:NAME or tfds:NAME@DIR"
         )
     if source.split:
         raise SealError(f"data source {source.line}: a JSON file has no splits; leave out #{source.split}")

@@ -223,7 +223,7 @@ def test_bytes_that_are_not_text_are_one_clear_line(tmp_path):
 
 
 def test_wrong_names_are_explained(tmp_path):
-    with pytest.raises(SealError, match=r"no such file: .*none\.json"):
+    with pytest.raises(SealError, match=r"^data source .*none\.json: no such file; "):
         sources.load(str(tmp_path / "none.json"), "train")
     with pytest.raises(SealError, match="did you mean 'fictional'"):
         sources.load("fictinal", "train")
