@@ -57,7 +57,7 @@ def _outcome(argv: Sequence[str] | None) -> tuple[int, str | None]:
     except Exception as error:
         from seal_jax.parallel import processes
 
-        if "jax" not in sys.modules or not processes.lost(error):
+        if not processes.lost(error):
             if preemption.alone():
                 raise
             traceback.print_exc()

@@ -36,7 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
-from seal_jax import __version__
+from seal_jax import __version__, preemption
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
@@ -283,6 +283,12 @@ class RunStore:
             else:
                 text = " ".join(str(error).split())
                 reason = text if kind is SealError else f"{kind.__name__}: {text}" if text else kind.__name__
+                if processes.lost(error):  # the other process may have said why, which comes as a signal, or has come
+                    try:
+                        told = preemption.notice(wait=3.0)
+                        reason = reason if told is None else f"Preempted: {told.text}"
+                    except preemption.Preempted as told:
+                        reason = f"Preempted: {told}"
                 self.log("stopped", error=reason)
         except SealError:
             if kind is None:

@@ -209,7 +209,7 @@ def test_an_evaluation_does_not_mix_two_policies(tiny_run, base, tmp_path):
     table = loop.evaluate_only(config, tmp_path / "run")
     assert {row["policy"] for row in table["rows"]} == {"after 1 round"}
     (tmp_path / "aside").rename(tmp_path / "run/rounds/2/m_step.json")
-    with pytest.raises(SealError, match=r"holds the evaluation of .* after 1 rounds, .* is after 2, or another; choose another run_dir"):
+    with pytest.raises(SealError, match=r"holds the evaluation of .* after 1 round, .* is after 2, or another; choose another run_dir"):
         loop.evaluate_only(config, tmp_path / "run")
 
 
