@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from seal_jax.fit.plan import padded_length
+from seal_jax.fit.plan import padded_length, power_of_two
 from seal_jax.models.decoder import LANES, Cache, Decoder, packed
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample import decode as device
@@ -135,7 +135,7 @@ class _Pool:
         room = max(len(r.prompt) + r.max_tokens for r in requests)
         self.most = cache_length(max(len(r.prompt) for r in requests), room)  # positions that a row may need
         self.length: dict[tuple[int, int], int] = {}  # (place, row) -> tokens of its sequence, drawn ones included
-        out = queues.power_of_two(max(r.max_tokens for r in requests))
+        out = power_of_two(max(r.max_tokens for r in requests))
         self.rows = device.empty(model.decoder, model.mesh, self.size, line.each, self._room(0), out)
 
     def run(self) -> Iterator[list[tuple[int, Generated]]]:
@@ -186,7 +186,7 @@ class _Pool:
 
     def _room(self, tokens: int) -> int:
         """The length of a cache for sequences of so many tokens: one of a few, so that there are few programs."""
-        room = max(SHORT, queues.power_of_two(tokens))
+        room = max(SHORT, power_of_two(tokens))
         return room if 2 * room <= self.most else self.most
 
     def _resize(self, tokens: int) -> None:

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from seal_jax.fit.plan import deal, padded_length
+from seal_jax.fit.plan import deal, padded_length, power_of_two
 from seal_jax.sample.constraint import Constraint
 
 # Tokens of prompts read in one call, at most, or one prompt. Enough to keep a device busy; of a 7B in bfloat16 the call's temporaries and
@@ -61,10 +61,6 @@ def shares(requests: Sequence[Request], adapters: int, shards: int) -> list[dict
     for part, shard in zip(parts, deal(costs, shards), strict=True):
         found[shard].setdefault(0, []).extend(part)
     return found
-
-
-def power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def power_of_four(least: int) -> int:
