@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import shapes
+from seal_jax import cpu
 from seal_jax.config import LoraConfig
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.dtypes import activation_dtype, resolve_dtype
@@ -264,15 +265,7 @@ def _round(value: Any) -> Any:
 
 def _processor() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {_processor_name()}"
-
-
-def _processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return f"{cores} cores of {cpu.name() or platform.processor() or platform.machine()}"
 
 
 def _version(name: str) -> str | None:

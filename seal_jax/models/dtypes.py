@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from seal_jax import cpu
 
 
 def resolve_dtype(name: str) -> Any:
@@ -16,7 +16,7 @@ def resolve_dtype(name: str) -> Any:
     That is on accelerators, and on CPUs with matrix units for it (Intel's AMX).
     """
     if name == "auto":
-        name = "bfloat16" if jax.default_backend() != "cpu" or _cpu_has_amx() else "float32"
+        name = "bfloat16" if jax.default_backend() != "cpu" or "amx_bf16" in cpu.features() else "float32"
     return jnp.dtype(name)
 
 
@@ -26,11 +26,3 @@ def activation_dtype(weights: Any) -> Any:
     A CPU has no other arithmetic: bfloat16 activations would be converted to and fro; only products with bfloat16 weights may be fast.
     """
     return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(weights)
-
-
-@functools.cache
-def _cpu_has_amx() -> bool:
-    try:
-        return "amx_bf16" in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 import platform
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from seal_jax import cpu
 from seal_jax.models.embedded import cache_folder
 
 # A layer's kernels lie in a stack of all layers' [N, in, out]. cuBLAS takes its part of the stack where it lies (from JAX 0.11 on); for a
@@ -33,12 +33,8 @@ def keep() -> None:
 
 def _processor() -> str:
     """A name for this kind of processor: programs made for another, found in a folder that machines share, might not run."""
-    try:
-        told = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        told = []
-    features = next((line for line in told if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+    told = " ".join(sorted(cpu.features())) or platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
 
 def threads(mesh: Mesh) -> int:

@@ -36,7 +36,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType, TracebackType
 from typing import Any
 
-from seal_jax import __version__, preemption
+from seal_jax import __version__, cpu, preemption
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
 from seal_jax.parallel import processes
@@ -404,20 +404,10 @@ def versions() -> dict[str, Any]:
         "backend": devices[0].platform,
         "device": devices[0].device_kind,
         "devices": len(devices),
-        **({"cpu": _cpu()} if devices[0].platform == "cpu" else {}),
+        **({"cpu": cpu.name()} if devices[0].platform == "cpu" else {}),
         "auto_dtype": str(resolve_dtype("auto")),
         "commit": _commit(),
     }
-
-
-def _cpu() -> str | None:
-    """The name of this machine's CPU; None where Linux has only numbers for it, as on Arm."""
-    try:
-        told = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"^model name\s*:\s*(\S.*)$", told, re.MULTILINE)
-    return found and found[1].strip()
 
 
 def _commit() -> str | None:

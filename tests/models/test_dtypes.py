@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 
+from seal_jax import cpu
 from seal_jax.models import dtypes
 
 
@@ -12,7 +13,7 @@ def test_auto_dtype_depends_on_the_device(monkeypatch):
         ("tpu", False, jnp.bfloat16, jnp.bfloat16),
     ):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        monkeypatch.setattr(dtypes, "_cpu_has_amx", lambda has=matrix_units: has)
+        monkeypatch.setattr(cpu, "features", lambda has=matrix_units: {"amx_bf16"} if has else set())
         assert dtypes.resolve_dtype("auto") == weights
         assert dtypes.activation_dtype(weights) == activations
         assert dtypes.resolve_dtype("float32") == jnp.float32
