@@ -66,12 +66,15 @@ def refused_bytes(error: Exception) -> float | None:
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else math.inf
 
 
-def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: float) -> Fits | None:
-    """The largest K in [1, most] for which `bytes_of(K)`, about linear in K, is at most `limit`. None: not even 1 fits.
+def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: float, given: int | None = None) -> Fits | None:
+    """The largest K in [1, most] for which `bytes_of(K)`, about linear in K, is at most `limit`; or `given`, if it is one such. None: there
+    is none.
 
     `bytes_of` is dear (it compiles): `most` is asked first, which is often enough, then what follows from `slope`, a guess of what one
     more takes, then from a line through the last two points. What is returned has been asked for.
     """
+    if given is not None:
+        return Fits(given, int(used)) if (used := bytes_of(given)) <= limit else None
     good, bad, k, before, asked = Fits(0, 0), most + 1, most, None, 0
     while good.slots < k < bad and asked < TRIES:
         used, asked = bytes_of(k), asked + 1
@@ -175,13 +178,9 @@ def settle(
     """
     limit = device_limit(engines[0].mesh)
     for engine in engines[:-1]:
-        bytes_of = _beside(engine, params, length, edits, held)
-        if slots is not None:
-            found = slots if bytes_of(slots) <= limit else 0
-        else:
-            found = (most_near(bytes_of, limit, edits, 3 * adapter_bytes(engine)) or Fits(0, 0)).slots
-        if found >= (slots or enough_slots(engine, edits)):
-            return engine, found
+        found = most_near(_beside(engine, params, length, edits, held), limit, edits, 3 * adapter_bytes(engine), slots)
+        if found and found.slots >= (slots or enough_slots(engine, edits)):
+            return engine, found.slots
     return engines[-1], slots or slots_that_fit(engines[-1], params, length, edits, held=held)
 
 

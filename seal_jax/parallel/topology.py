@@ -368,10 +368,6 @@ def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) ->
         built[slots] = build(programs.fit(slots), programs.mesh)
         return math.inf if math.isinf(built[slots].total) else built[slots].total
 
-    most = programs.edits
-    if (given := programs.config.fit.slots) is not None:
-        most = min(most, given)
-        found = memory.Fits(most, int(used)) if (used := bytes_of(most)) <= limit else None
-    else:
-        found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter)
+    most, slots = programs.edits, programs.config.fit.slots
+    found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter, None if slots is None else min(slots, most))
     return found, built[found.slots if found else min(built)]
