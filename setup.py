@@ -23,6 +23,8 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    # The default, but said, it makes an editable install a path: otherwise `import seal_jax` in the folder above a clone finds the clone.
+    package_dir={"": "."},
     packages=find_packages(include=["seal_jax", "seal_jax.*"]),
     package_data={"seal_jax": ["tasks/*/data/*.json", "rest_em/data/*.json", "runs/*.j2"]},
     install_requires=[

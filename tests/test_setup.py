@@ -91,3 +91,11 @@ def test_the_command_exists(given):
     from seal_jax.cli import main
 
     assert callable(main)
+
+
+def test_a_folder_of_the_same_name_does_not_stand_in_for_the_package(tmp_path):
+    """Such as a clone, seen from the folder above it."""
+    (tmp_path / "seal_jax").mkdir()
+    code = "import seal_jax; print(seal_jax.__version__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
