@@ -135,7 +135,7 @@ class RestEmConfig:
     seeds: int = 3  # S, inner-loop seeds an edit
     select: str = "best"  # "best" (best of K), "top" (top `keep`), "gain" (all above the unadapted reward) or "right" (all of reward 1)
     keep: int = 1  # how many `top` keeps a context
-    group: int = 10  # contexts measured in one go; a killed run repeats at most one group
+    group: int = 10  # contexts measured in one go; a killed run repeats at most one group (two where an endpoint grades)
     rewards: str | None = None  # a file of recorded rewards (the original's "rank" file), which round 1 reads instead of measuring
     retention: RetentionConfig = dataclasses.field(default_factory=RetentionConfig)
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from seal_jax.parallel import processes
 from seal_jax.runs import health
 from seal_jax.runs.events import WarningEvents
+from seal_jax.runs.store import Result
 
 WAIT = 0.5  # seconds between questions for a unit that another worker has
 
@@ -47,11 +48,11 @@ class WorkerStore:
         """As `RunStore.once`; if another worker computes the unit, its result is waited for."""
         return self._all([name], lambda _: compute(), beside)[0]
 
-    def each(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    def each(self, names: Sequence[str], compute: Callable[[str], Result]) -> list[dict[str, Any]]:
         """As `RunStore.each`, of which this worker computes what no other has."""
         return self._all(names, compute, None)
 
-    def _all(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]], beside: str | None) -> list[dict[str, Any]]:
+    def _all(self, names: Sequence[str], compute: Callable[[str], Result], beside: str | None) -> list[dict[str, Any]]:
         while not (told := self._asked("claim", self.name, list(names), beside)).get("whole"):
             if "lost" in told:
                 raise Lost(self.name)
@@ -60,6 +61,8 @@ class WorkerStore:
                 continue
             self._unit, start = told["compute"], time.monotonic()
             result = compute(self._unit)
+            if callable(result):
+                result = result()
             if not self._asked("keep", self.name, self._unit, result if processes.first() else None, time.monotonic() - start):
                 raise Lost(self._unit)
             self._unit = None

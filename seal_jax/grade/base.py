@@ -49,7 +49,10 @@ class GradeItem:
 
 
 class Grader(Protocol):
-    """Judges answers against references."""
+    """Judges answers against references.
+
+    One that works elsewhere has `begin(items)` too: it has `grade(items)` begin, and what it returns waits for the verdicts.
+    """
 
     name: str
 

@@ -5,6 +5,7 @@ The calls of a batch run concurrently. What went wrong decides what follows:
   pause with jitter (or the pause that the server asks for);
 - another 4xx, an empty reply, or one without a yes or a no: this item is ungraded, as is one whose tries are used up;
 - a refused key (401, 403) or an unknown model or address (404): nothing could ever be graded, so the run stops with `SealError`.
+A thread makes the calls: whoever asked may go on with other work (`EndpointGrader.begin`).
 
 A run asks once for nothing, before it computes anything (`check`): a server that is not there, or refuses that, is an error too, which
 later it is not. What may pass (429, 5xx, no answer in time) is only told of. This is asked also where all replies are in the cache.
@@ -13,7 +14,6 @@ later it is not. What may pass (429, 5xx, no answer in time) is only told of. Th
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -22,7 +22,9 @@ import os
 import pathlib
 import random
 import sqlite3
-from collections.abc import Coroutine, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import diskcache
@@ -90,12 +92,13 @@ class EndpointGrader:
             raise SealError(f"grade.timeout={self.timeout}: expected a number of seconds above 0")
         self.failures = 0
         self.requests = 0
+        self._asking = threading.Lock()  # by one batch at a time, or there would be more calls in flight than `concurrency`
         self._cache = _open_cache(pathlib.Path(config.cache) if config.cache else cache_folder() / "grade")
 
     def check(self) -> None:
         """One small request, whose answer does not matter. Raises `SealError` if the server cannot be reached, or refuses it for good."""
         try:
-            _run(self._probe())
+            _apart(lambda: asyncio.run(self._probe())).result()
         except _NoConnection as problem:
             raise SealError(
                 f"grade.name=endpoint: {self.base_url} cannot be reached ({problem}); start the server, or check grade.base_url"
@@ -119,16 +122,23 @@ class EndpointGrader:
                     await asyncio.sleep(FIRST_PAUSE * 2**attempt)
 
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
-        verdicts: list[bool | None] = [False] * len(items)
+        return self.begin(items)()
+
+    def begin(self, items: Sequence[GradeItem]) -> Callable[[], list[bool | None]]:
+        """Has `grade(items)` begin; what is returned waits for it. Batches are asked for one after another."""
         prompts = {i: item_prompt(item) for i, item in enumerate(items) if not item.blank}
-        replies: dict[str, str | _Failed] = {}
-        for prompt in dict.fromkeys(prompts.values()):
-            cached = self._cached(prompt)
-            if cached is not None:
-                replies[prompt] = cached
-        missing = [prompt for prompt in dict.fromkeys(prompts.values()) if prompt not in replies]
-        if missing:
-            replies.update(_run(self._ask_all(missing)))
+        replies = _apart(lambda: self._replies(list(dict.fromkeys(prompts.values()))))
+        return lambda: self._verdicts(len(items), prompts, replies.result())
+
+    def _replies(self, prompts: Sequence[str]) -> dict[str, str | _Failed]:
+        with self._asking:
+            replies = {prompt: cached for prompt in prompts if (cached := self._cached(prompt)) is not None}
+            missing = [prompt for prompt in prompts if prompt not in replies]
+            return {**replies, **(asyncio.run(self._ask_all(missing)) if missing else {})}
+
+    def _verdicts(self, count: int, prompts: Mapping[int, str], replies: Mapping[str, str | _Failed]) -> list[bool | None]:
+        """The verdicts on so many items, of which those with `prompts` had to be asked for."""
+        verdicts: list[bool | None] = [False] * count
         failed = []
         for i, prompt in prompts.items():
             reply = replies[prompt]
@@ -137,7 +147,7 @@ class EndpointGrader:
                 failed.append(reply.reason)
         if failed:
             self.failures += len(failed)
-            log.warning("%d of %d answers stay ungraded by %s; the last one: %s", len(failed), len(items), self.base_url, failed[-1])
+            log.warning("%d of %d answers stay ungraded by %s; the last one: %s", len(failed), count, self.base_url, failed[-1])
         return verdicts
 
     def _client(self) -> openai.AsyncOpenAI:
@@ -245,14 +255,18 @@ def _text_of(completion: Any) -> str:
     return text or ""
 
 
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    """`asyncio.run`, also from within a running loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+def _apart(work: Callable[[], Any]) -> Future[Any]:
+    """Begins `work` in a thread, one that does not keep an interrupted program from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for whoever waits
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="grade", daemon=True).start()
+    return future
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

@@ -24,7 +24,7 @@ from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.select import Candidate, select
 from seal_jax.rest_em.stage import Stage, build, restore
 from seal_jax.runs import checkpoint, health, track
-from seal_jax.runs.store import RunStore, existing
+from seal_jax.runs.store import Result, RunStore, existing
 from seal_jax.tasks.base import Context, Figure
 from seal_jax.words import counted
 
@@ -60,7 +60,7 @@ def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Cont
     """`measure` for all contexts, a group at a time, each a unit of the store. Returns the contexts' records."""
     parts = {f"{unit}/{number:03d}": start for number, start in enumerate(range(0, len(contexts), group))}
 
-    def compute(name: str) -> dict[str, Any]:
+    def compute(name: str) -> Result:
         part = contexts[(start := parts[name]) : start + group]
         what = f" ({unit.replace('/', ' ').replace('_', '-')} {start + 1}-{start + len(part)}/{len(contexts)})"
         with track.group():

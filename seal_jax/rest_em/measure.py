@@ -16,7 +16,8 @@ from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.rest_em import given, retention
 from seal_jax.rest_em.policy import Edit, Key, Policy
 from seal_jax.rest_em.retention import Memory
-from seal_jax.tasks.base import Context, Recorded, Score, Task, TrainingSet, Trial
+from seal_jax.runs.store import Result
+from seal_jax.tasks.base import Apart, Context, Recorded, Score, Task, TrainingSet, Trial
 
 NONE = "no adaptation"
 
@@ -32,8 +33,9 @@ def measure(
     baselines: bool,
     what: str = "",
     memory: Memory | None = None,
-) -> dict[str, Any]:
-    """The record of one group: for each context what every method answered and earned, over `seeds` inner-loop seeds.
+) -> Result:
+    """The record of one group: for each context what every method answered and earned, over `seeds` inner-loop seeds. Where the answers
+    are graded elsewhere, a function that waits for that and gives the record: the devices may go on with the next group.
 
     `edits` self-edits are sampled a context (K), or are the first of those that the task has for it. `baselines` adds the task's own
     training sets (the passage alone). `key` names the random draws, together with context, candidate and seed. The bare policy answers
@@ -60,28 +62,35 @@ def measure(
     with clock("bare"):
         places = None if held is None else [i % shards for i in range(len(probes))]
         bare = policy.answer(probes, held, places, f"answering without adaptation{what}")
-    with clock("grade"):
-        own = [(contexts[i], a.outputs[: len(probes[i])]) for (i, *_), a in zip(trials, adapted, strict=True)]
-        scores = task.score([*own, *((c, tuple(o)) for c, o in zip(contexts, bare, strict=True))])
-        beyond = [a.outputs[len(probes[i]) :] for (i, *_), a in zip(trials, adapted, strict=True)]
-        kept = [None] * len(trials) if memory is None else _kept(task, memory, beyond)
-    results = {}
-    for n, ((i, m, s, _), a, (_, outputs), score) in enumerate(zip(trials, adapted, own, scores, strict=False)):
-        results[i, m, s] = trial(s, outputs, a.losses, score)
-        if memory is not None:
-            results[i, m, s]["retention"] = {"accuracy": kept[n], "bits": a.bits}
-    plain = [trial(0, tuple(o), np.zeros(0), s) for o, s in zip(bare, scores[len(trials) :], strict=True)]
-    records = []
-    for i, context in enumerate(contexts):
-        measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
-        methods = {NONE: [plain[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}}
-        edited = [edit_record(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
-        for edit in edited if memory is not None else ():
-            cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
-            # An unusable edit harms nothing; it must not be better for that than one that does some good.
-            edit["score"] = None if edit["reward"] is None or edit["problem"] else edit["reward"] - cost
-        records.append(record(task, context, methods, edited))
-    return {"contexts": records, "seconds": clock.seconds}
+    own = [(contexts[i], a.outputs[: len(probes[i])]) for (i, *_), a in zip(trials, adapted, strict=True)]
+    plain = [(context, tuple(outputs)) for context, outputs in zip(contexts, bare, strict=True)]
+    beyond = [a.outputs[len(probes[i]) :] for (i, *_), a in zip(trials, adapted, strict=True)]
+    answered = [*own, *plain, *(() if memory is None else _of_memory(task, memory, beyond))]
+    wait = task.begin(answered) if isinstance(task, Apart) else None
+
+    def told() -> dict[str, Any]:
+        with clock("grade"):
+            scores = iter(task.score(answered) if wait is None else wait())
+        results = {}
+        for (i, m, s, _), a, (_, outputs) in zip(trials, adapted, own, strict=True):
+            results[i, m, s] = trial(s, outputs, a.losses, next(scores))
+        bare = [trial(0, outputs, np.zeros(0), next(scores)) for _, outputs in plain]
+        for (i, m, s, _), a in zip(trials, adapted, strict=True) if memory is not None else ():
+            kept = Score.of([v for _ in memory.contexts for v in next(scores).verdicts])
+            results[i, m, s]["retention"] = {"accuracy": kept.reward, "bits": a.bits}
+        records = []
+        for i, context in enumerate(contexts):
+            measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
+            methods = {NONE: [bare[i]], **{m: found for m, found in measured.items() if isinstance(m, str)}}
+            edited = [edit_record(k, text, sets[i][k], measured[k]) for k, text in enumerate(texts[i])]
+            for edit in edited if memory is not None else ():
+                cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
+                # An unusable edit harms nothing; it must not be better for that than one that does some good.
+                edit["score"] = None if edit["reward"] is None or edit["problem"] else edit["reward"] - cost
+            records.append(record(task, context, methods, edited))
+        return {"contexts": records, "seconds": clock.seconds}
+
+    return told() if wait is None else told
 
 
 def from_recorded(task: Task, context: Context, found: Recorded) -> dict[str, Any]:
@@ -105,14 +114,13 @@ def record(task: Task, context: Context, methods: dict[str, Any], edits: list[di
     }
 
 
-def _kept(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> list[float | None]:
-    """The share of the memory's questions that each trial still answers right, from its outputs to all of them."""
+def _of_memory(task: Task, memory: Memory, outputs: Sequence[tuple[str, ...]]) -> list[tuple[Context, tuple[str, ...]]]:
+    """The outputs of each trial to all questions of the memory, by its contexts."""
     items = []
     for answered in outputs:
         parts = iter(answered)
         items += [(c, tuple(next(parts) for _ in task.probes(c))) for c in memory.contexts]
-    scores = iter(task.score(items))
-    return [Score.of([v for _ in memory.contexts for v in next(scores).verdicts]).reward for _ in outputs]
+    return items
 
 
 def trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from seal_jax import config as config_lib
 from seal_jax import grade, tasks
@@ -144,4 +144,8 @@ class _AskedOnce:
             raise SealError(problem)
 
     def grade(self, items: Sequence[GradeItem]) -> list[bool | None]:
-        return processes.share(self._grader.grade(items) if processes.first() else None)
+        return self.begin(items)()
+
+    def begin(self, items: Sequence[GradeItem]) -> Callable[[], list[bool | None]]:
+        wait = self._grader.begin(items) if processes.first() else None
+        return lambda: processes.share(wait() if wait is not None else None)

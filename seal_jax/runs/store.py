@@ -50,6 +50,8 @@ CONFIG, VERSIONS, EVENTS = "config.yaml", "versions.json", "events.jsonl"
 CHECKPOINTS = ("policy/", "memory/", "adapters/", "states/", "models/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
+Result = dict[str, Any] | Callable[[], dict[str, Any]]  # of a unit, or what waits for it (`RunStore.each`)
+
 # Keys that a run may be continued with other values of. They name things, or say how a remote grader is called, or trade memory for
 # speed: by the rule that no result depends on its neighbours, slots or devices, the latter move results by rounding only.
 FREE_KEYS = (
@@ -161,9 +163,38 @@ class RunStore:
         result = compute()
         return self.keep(name, result, time.monotonic() - start)
 
-    def each(self, names: Sequence[str], compute: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
-        """The results of the units `names`, which do not need each other: `once` for all, in whatever order suits."""
-        return [self.once(name, functools.partial(compute, name)) for name in names]
+    def each(self, names: Sequence[str], compute: Callable[[str], Result]) -> list[dict[str, Any]]:
+        """The results of the units `names`, which do not need each other: `once` for all, in whatever order suits.
+
+        `compute` may give, instead of a result, a function that waits for it: that is called when the next unit has been computed.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        late: tuple[str, Callable[[], dict[str, Any]], float] | None = None
+        for name in names:
+            if (there := self.find(name)) is not None:
+                self.log("unit_reused", unit=name)
+                found[name] = there
+                continue
+            start = time.monotonic()
+            try:
+                result = compute(name)
+            except Exception:
+                if late is not None and preemption.alone():  # other processes, which it might wait for, wait elsewhere
+                    self._waited(*late)
+                raise
+            seconds = time.monotonic() - start
+            if late is not None:
+                found[late[0]] = self._waited(*late)
+            late = (name, result, seconds) if callable(result) else None
+            if late is None:
+                found[name] = self.keep(name, result, seconds)
+        if late is not None:
+            found[late[0]] = self._waited(*late)
+        return [found[name] for name in names]
+
+    def _waited(self, name: str, result: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+        start = time.monotonic()
+        return self.keep(name, result(), seconds + time.monotonic() - start)
 
     def find(self, name: str, beside: str | None = None) -> dict[str, Any] | None:
         """The result of the unit, if it is there whole, with its checkpoint."""

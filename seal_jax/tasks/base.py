@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -205,6 +205,15 @@ class Task(Protocol):
 
     def describe(self, context: Context) -> list[tuple[str, str]]:
         """(question, reference answer) of each question, for the report. Without `Score.answers`, there is one for each probe."""
+        ...
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """What a task has besides `Task` whose outputs may be scored elsewhere, while the devices go on."""
+
+    def begin(self, items: Sequence[tuple[Context, Sequence[str]]]) -> Callable[[], list[Score]] | None:
+        """Has `score(items)` begin; what is returned waits for it, with its errors. None: it would be computed here."""
         ...
 
 

@@ -51,7 +51,8 @@ def test_whoever_dies_whenever_each_unit_is_computed_to_the_same_result(tmp_path
                     if (number, computed[0]) in left:
                         left.remove((number, computed[0]))
                         raise Killed
-                return {"unit": unit, "square": int(unit[-3:]) ** 2}
+                result = {"unit": unit, "square": int(unit[-3:]) ** 2}
+                return (lambda: result) if int(unit[-3:]) % 2 else result  # one that is waited for, or as it is
 
             worker = WorkerStore(name, "run", asks(ledger, guard), lambda seconds: None)
             found = worker.each(UNITS, compute)

@@ -363,6 +363,33 @@ def test_concurrency_is_used_and_bounded(serve, grader):
     assert server.peak == 3
 
 
+def test_batches_are_graded_while_others_are_made(serve, grader):
+    """`begin` does not wait; what it returns does. A second batch stands in line, and does not double the calls in flight."""
+    gate = threading.Event()
+
+    def script(*_):
+        gate.wait(STALL)
+        return "yes"
+
+    server = serve(script)
+    g = grader(server, concurrency=2)
+    batches = [g.begin([item(f"{batch} {i}") for i in range(4)] + [item(" ")]) for batch in range(2)]
+    for _ in range(500):  # both connections have come
+        if server.now == 2:
+            break
+        time.sleep(0.01)
+    assert server.now == 2
+    gate.set()
+    assert [wait() for wait in batches] == [[True] * 4 + [False]] * 2
+    assert server.peak == 2 and len(server.bodies) == 8
+
+
+def test_what_stops_a_run_is_raised_where_it_is_waited_for(serve, grader):
+    wait = grader(serve(lambda *_: (401, {}))).begin([item()])
+    with pytest.raises(SealError, match="OPENAI_API_KEY"):
+        wait()
+
+
 def test_works_inside_a_running_loop(serve, grader):
     server = serve(lambda *_: "yes")
 

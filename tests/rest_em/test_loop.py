@@ -80,6 +80,26 @@ def test_e_step_draws_depend_on_seed_round_context_and_candidate_alone(tiny_run,
     assert fifth.keys() == first.keys() and not set(fifth.values()) & set(first.values())
 
 
+def test_answers_are_graded_elsewhere_while_the_next_group_is_measured(tiny_run, stage, base, tmp_path, monkeypatch):
+    order = []
+
+    class Elsewhere:
+        grader = stage.task.grader
+
+        def begin(self, items):
+            order.append("asked")
+            return lambda: order.append("waited") or self.grader.grade(items)
+
+    adapt = Policy.adapt
+    monkeypatch.setattr(Policy, "adapt", lambda *args, **options: order.append("fitted") or adapt(*args, **options))
+    stage = dataclasses.replace(stage, task=tasks.build(base.task, Elsewhere()))
+    with RunStore.create_or_open(tmp_path / "elsewhere", base) as store:
+        records = loop.e_step(stage, store, 1)
+        assert [name for name in store.names() if "e_step" in name] == ["rounds/1/e_step/000", "rounds/1/e_step/001"]
+    assert order == ["fitted", "asked", "fitted", "asked", "waited", "waited"]
+    assert records == e_step_records(tiny_run, 1)
+
+
 def test_rounds_take_the_next_contexts(tiny_run):
     chosen = [[c["title"] for c in e_step_records(tiny_run, n)] for n in (1, 2)]
     assert chosen == [["Orsk", "Vell"], ["Mard", "Tine"]]

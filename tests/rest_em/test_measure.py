@@ -75,6 +75,31 @@ def run(policy, task, **options):
     return json.loads(json.dumps(record))
 
 
+def test_what_is_graded_elsewhere_is_waited_for_by_the_caller():
+    """The record is the same as of a task that grades at once; nothing is waited for before it is asked for."""
+
+    class Elsewhere(Task):
+        waited = False
+
+        def begin(self, items):
+            def wait():
+                self.waited = True
+                return super(Elsewhere, self).score(items)
+
+            return wait
+
+        def score(self, items):
+            raise AssertionError("it has begun already")
+
+    script = {(c, k): f"text {k}" for c in "ab" for k in range(2)}
+    options = {"key": ("round", 1), "edits": 2, "seeds": 2, "baselines": True}
+    task = Elsewhere()
+    later = measure(Policy(script), task, CONTEXTS, **options)
+    assert not task.waited
+    assert later()["contexts"] == measure(Policy(script), Task(), CONTEXTS, **options)["contexts"]
+    assert task.waited
+
+
 def test_everything_finds_its_place():
     policy = Policy(
         {("a", 0): "some text", ("a", 1): "bad", ("b", 0): "word", ("b", 1): "two words"},

@@ -290,6 +290,40 @@ def test_read_only_store_does_not_write(folder):
         RunStore(folder).log("x")
 
 
+def test_a_unit_is_waited_for_while_the_next_is_computed(folder):
+    said = []
+
+    def compute(name):
+        said.append(f"compute {name}")
+        if name == "plain":
+            return {"unit": name}
+
+        def wait():
+            said.append(f"wait {name}")
+            return {"unit": name}
+
+        return wait
+
+    names = ["a", "b", "plain", "c"]
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.keep("b", {"unit": "b"}, 0.0)
+        assert run.each(names, compute) == [{"unit": name} for name in names]
+        assert said == ["compute a", "compute plain", "wait a", "compute c", "wait c"]
+        assert run.each(names, lambda name: never()) == [{"unit": name} for name in names]
+
+
+def test_what_a_unit_waits_for_is_kept_when_the_next_one_fails(folder):
+    def compute(name):
+        if name == "b":
+            raise SealError("no room")
+        return lambda: {"unit": name}
+
+    with RunStore.create_or_open(folder, make_config()) as run:
+        with pytest.raises(SealError, match="no room"):
+            run.each(["a", "b"], compute)
+        assert run.read("a") == {"unit": "a"} and not run.has("b")
+
+
 # A run of 12 units, each computed from the one before. The kernel ends children at another moment of their processor time each, so that a
 # busy machine changes nothing, until one comes to the end.
 KILL = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from seal_jax.errors import SealError
@@ -14,7 +14,7 @@ from seal_jax.tasks.knowledge import original, prompts, sequences, sources
 from seal_jax.tasks.knowledge.directives import Directives
 
 if TYPE_CHECKING:
-    from seal_jax.grade.base import Grader
+    from seal_jax.grade.base import GradeItem, Grader
 
 
 @dataclasses.dataclass
@@ -105,6 +105,15 @@ class KnowledgeTask:
 
     def score(self, items: Sequence[tuple[Context, Sequence[str]]]) -> list[Score]:
         """All answers of all contexts go to the grader in one call. Raises `ValueError` if a context has not one output a probe."""
+        return _scores(items, self.grader.grade(self._asked(items)))
+
+    def begin(self, items: Sequence[tuple[Context, Sequence[str]]]) -> Callable[[], list[Score]] | None:
+        if (begin := getattr(self.grader, "begin", None)) is None:
+            return None
+        wait = begin(self._asked(items))
+        return lambda: _scores(items, wait())
+
+    def _asked(self, items: Sequence[tuple[Context, Sequence[str]]]) -> list[GradeItem]:
         from seal_jax.grade.base import GradeItem
 
         asked = []
@@ -112,8 +121,7 @@ class KnowledgeTask:
             # strict: outputs that do not match the probes are the caller's mistake, and would pair answers with the wrong questions
             for (question, gold), output in zip(self.describe(context), outputs, strict=True):
                 asked.append(GradeItem(context.title, question, gold, output.strip()))
-        verdicts = iter(self.grader.grade(asked))
-        return [Score.of([next(verdicts) for _ in outputs]) for _, outputs in items]
+        return asked
 
     def text(self, context: Context) -> str:
         return context.payload["context"]
@@ -126,6 +134,11 @@ class KnowledgeTask:
 
     def figures(self, line: str) -> list[Figure]:
         return original.figures(line)
+
+
+def _scores(items: Sequence[tuple[Context, Sequence[str]]], verdicts: Sequence[bool | None]) -> list[Score]:
+    left = iter(verdicts)
+    return [Score.of([next(left) for _ in outputs]) for _, outputs in items]
 
 
 def _with_edits(context: Context, given: bool) -> Context:

@@ -108,6 +108,16 @@ def test_scores_go_to_the_grader_in_one_call_and_back_to_their_contexts():
     assert t.score([]) == []
 
 
+def test_scores_begin_where_the_grader_works_elsewhere():
+    t = task()
+    items = [(CONTEXT, ["1802", "fail"]), (OTHER, ["D"])]
+    assert t.begin(items) is None and not t.grader.calls, "a grader that works here is asked when its verdicts are wanted"
+    t.grader.begin = lambda asked: lambda: t.grader.grade(asked)
+    wait = t.begin(items)
+    assert not t.grader.calls
+    assert wait() == t.score(items)
+
+
 def test_outputs_must_match_the_probes():
     with pytest.raises(ValueError):
         task().score([(CONTEXT, ["1802"])])
