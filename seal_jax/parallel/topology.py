@@ -127,17 +127,17 @@ class Programs:
         filled = min(rows, slots)
         kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
         return Case(
-            "fit",
-            f"{counted(slots, 'slot')}, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
-            lambda: self.fit_engine.trace(self.params, self.fit_length, rows, slots),
-            kinds,
-            self.weights + 3 * slots * self.adapter,
-            0,
-            _passes(self.fit_engine.decoder) * self.weights + 6 * rows * self.adapter,
-            w.sequences * f.epochs / (filled * f.batch_size * self.shards),
-            filled,
-            6 * self.adapter,
-            -(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
+            name="fit",
+            shape=f"{counted(slots, 'slot')}, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
+            trace=lambda: self.fit_engine.trace(self.params, self.fit_length, rows, slots),
+            kinds=kinds,
+            arguments=self.weights + 3 * slots * self.adapter,
+            made=0,
+            least=_passes(self.fit_engine.decoder) * self.weights + 6 * rows * self.adapter,
+            calls=w.sequences * f.epochs / (filled * f.batch_size * self.shards),
+            items=filled,
+            an_item=6 * self.adapter,
+            trips=-(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
         )
 
     def _answers(self) -> tuple[int, int, int, Any, Any]:
@@ -170,16 +170,16 @@ class Programs:
         positions = rows.cache.v.shape[-2]
         made = caches * length / positions
         return Case(
-            "prefill",
-            f"{adapters} x {each} questions of {length} tokens",
-            lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
-            {"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + made},
-            self.weights + adapters * self.answering,
-            made,
-            self.weights + adapters * self.answering + made,
-            1 / (adapters * self.shards),
-            adapters,
-            self.answering + made / adapters,
+            name="prefill",
+            shape=f"{adapters} x {each} questions of {length} tokens",
+            trace=lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
+            kinds={"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + made},
+            arguments=self.weights + adapters * self.answering,
+            made=made,
+            least=self.weights + adapters * self.answering + made,
+            calls=1 / (adapters * self.shards),
+            items=adapters,
+            an_item=self.answering + made / adapters,
         )
 
     def decode(self) -> Case:
@@ -189,17 +189,21 @@ class Programs:
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         prefix = caches * length / positions
         return Case(
-            "decode",
-            f"a token of {adapters} x {each} answers, {positions} positions",
-            lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, lora, rows, steps),
+            name="decode",
+            shape=f"a token of {adapters} x {each} answers, {positions} positions",
+            trace=lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, lora, rows, steps),
             # What was fitted, and the same with its scale folded in, of which a few answer at a time.
-            {"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + prefix},
-            self.weights + adapters * self.answering + caches,
-            0,
-            self._read() + adapters * self.answering + caches / 2,
-            (self.config.answer.max_tokens - 1) / (adapters * self.shards),
-            adapters,
-            self.answering + caches / 2 / adapters,
+            kinds={
+                "weights": self.weights,
+                "adapters": 2 * self.edits * self.adapter + adapters * self.answering,
+                "caches": caches + prefix,
+            },
+            arguments=self.weights + adapters * self.answering + caches,
+            made=0,
+            least=self._read() + adapters * self.answering + caches / 2,
+            calls=(self.config.answer.max_tokens - 1) / (adapters * self.shards),
+            items=adapters,
+            an_item=self.answering + caches / 2 / adapters,
         )
 
     def _read(self) -> float:
@@ -215,16 +219,16 @@ class Programs:
         steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=mesh_lib.everywhere(self.mesh))
         caches = cost.shard_bytes(rows.cache)
         return Case(
-            "write",
-            f"a token of {s.rows} self-edits, {rows.cache.v.shape[-2]} positions",
-            lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, None, rows, steps),
-            {"weights": self.weights, "caches": caches},  # while it grows a quarter of them more, and nothing else
-            self.weights + caches,
-            0,
-            self._read() + caches,  # of every position that a row may have, used or not
-            0,
-            s.rows,
-            caches / s.rows,
+            name="write",
+            shape=f"a token of {s.rows} self-edits, {rows.cache.v.shape[-2]} positions",
+            trace=lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, None, rows, steps),
+            kinds={"weights": self.weights, "caches": caches},  # while it grows a quarter of them more, and nothing else
+            arguments=self.weights + caches,
+            made=0,
+            least=self._read() + caches,  # of every position that a row may have, used or not
+            calls=0,
+            items=s.rows,
+            an_item=caches / s.rows,
         )
 
     def m_step(self) -> Case:
@@ -236,18 +240,18 @@ class Programs:
         shape = pack.shape(pairs, [range(len(pairs))], pack.row_length([pair], m.row_length), m.microbatch, groups)
         adapter = cost.shard_bytes(engine.abstract_state(self.params).weights)
         return Case(
-            "M-step",
-            f"{counted(len(pairs), 'pair')} in {shape.microbatches} x {shape.rows} rows of {shape.length} tokens",
-            lambda: engine.trace(self.params, shape),
-            {"weights": self.weights, "adapters": 3 * adapter},
-            self.weights + 3 * adapter,
-            0,
-            shape.microbatches * _passes(self.decoder) * self.weights + 6 * adapter,
-            0,
-            shape.microbatches,
-            _passes(self.decoder) * self.weights,
-            -(-shape.rows // groups * shape.length // LOSS_POSITIONS),
-            self.mesh.size,
+            name="M-step",
+            shape=f"{counted(len(pairs), 'pair')} in {shape.microbatches} x {shape.rows} rows of {shape.length} tokens",
+            trace=lambda: engine.trace(self.params, shape),
+            kinds={"weights": self.weights, "adapters": 3 * adapter},
+            arguments=self.weights + 3 * adapter,
+            made=0,
+            least=shape.microbatches * _passes(self.decoder) * self.weights + 6 * adapter,
+            calls=0,
+            items=shape.microbatches,
+            an_item=_passes(self.decoder) * self.weights,
+            trips=-(-shape.rows // groups * shape.length // LOSS_POSITIONS),
+            devices=self.mesh.size,
         )
 
 

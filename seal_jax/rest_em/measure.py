@@ -5,9 +5,10 @@ The E-step of ReST-EM and the evaluation both are this; they differ in which met
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -157,16 +158,11 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._stage: tuple[str, float] | None = None
 
-    def __call__(self, stage: str) -> Clock:
-        self._stage = (stage, time.monotonic())
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        assert self._stage is not None
-        stage, start = self._stage
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)
