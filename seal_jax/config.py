@@ -269,6 +269,11 @@ class RunConfig:
     executor: ExecutorConfig = dataclasses.field(default_factory=ExecutorConfig)
     track: TrackConfig = dataclasses.field(default_factory=TrackConfig)
 
+    @property
+    def largest_group(self) -> int:
+        """The most edits that are fitted in one go, in a round or in an evaluation (where each context has one of the passage alone)."""
+        return max(min(part.group, part.contexts) * (part.edits + 1) * part.seeds for part in (self.rest_em, self.evaluate))
+
 
 def task_names() -> list[str]:
     """The tasks that this installation knows: the packages under `seal_jax.tasks`."""

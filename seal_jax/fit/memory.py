@@ -91,15 +91,20 @@ def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: 
     return good if good.slots else None
 
 
+def largest_steps(engine: FitEngine, length: int, slots: int) -> list[int]:
+    """Of the padded lengths up to `length`, those whose steps may be the largest with `slots` slots a shard, the likeliest first."""
+    rows = {each: engine.most_rows(each, slots) for each in {length, *(each for each in engine.lengths if each < length)}}
+    fullest = max(rows, key=lambda each: (each * rows[each], rows[each]))  # few long rows may be fewer tokens than many short ones
+    most = max(rows, key=lambda each: (rows[each], each))  # and each row has a copy of its adapter, and gradients
+    return list(dict.fromkeys((fullest, length, most)))
+
+
 def step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> float:
     """Bytes a device of fit steps of up to `length` tokens with `slots` slots a shard; inf where the compiler refuses for want of memory.
 
     `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings. Raises `SealError` where the backend does not tell.
     """
-    rows = {each: engine.most_rows(each, slots) for each in {length, *(each for each in engine.lengths if each < length)}}
-    fullest = max(rows, key=lambda each: (each * rows[each], rows[each]))  # few long rows may be fewer tokens than many short ones
-    most = max(rows, key=lambda each: (rows[each], each))  # and each row has a copy of its adapter, and gradients
-    asked = sorted({length, fullest, most})
+    asked = largest_steps(engine, length, slots)
     with ThreadPoolExecutor(max(1, compiler.threads(engine.mesh)), "compile") as pool:
         return max(pool.map(lambda each: _step_bytes(engine, params, each, slots), asked))
 

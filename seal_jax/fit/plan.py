@@ -28,6 +28,12 @@ def padded_length(length: int, lengths: Sequence[int] = LENGTHS) -> int:
     return power_of_two(length)
 
 
+def longest_step(longest: int, lengths: Sequence[int], tokens_per_step: int, batch_size: int) -> int:
+    """The padded length up to which the steps are asked what they take, for sequences of up to `longest` tokens: up to a whole step of one
+    sequence that hangs on its tokens more than on how long they are, and one question serves for all such sequences."""
+    return padded_length(max(longest, min(tokens_per_step // batch_size, max(lengths))), lengths)
+
+
 def power_of_two(least: int) -> int:
     """The smallest power of two that is at least `least`, and 1."""
     return 1 << max(0, least - 1).bit_length()

@@ -48,6 +48,7 @@ def program_record(program: Program, target: Target) -> dict[str, Any]:
         "compiled": work is not None,
         "bytes": {**dict.fromkeys(KINDS, 0.0), **program.bytes},
         "total_bytes": program.total,
+        "bytes_of": program.largest or program.case.shape,
         "flops": work.flops if work else None,
         "bytes_accessed": work.bytes if work else None,
         "least_bytes_accessed": program.case.least,
@@ -75,7 +76,8 @@ def table(found: dict[str, Any]) -> str:
     for p in found["programs"]:
         sizes = [*(p["bytes"][kind] for kind in KINDS), p["total_bytes"]]
         fits = p["compiled"] and p["total_bytes"] <= found["device_limit"]
-        lines.append(f"{p['name']:10}" + "".join(f"{size / GIB:13.2f}" for size in sizes) + ("" if fits else "  does not fit"))
+        of = "" if p["bytes_of"] == p["shape"] else f"  {p['bytes_of']}"
+        lines.append(f"{p['name']:10}" + "".join(f"{size / GIB:13.2f}" for size in sizes) + of + ("" if fits else "  does not fit"))
     titles = f"{'':10}{'TFLOP':>10}{'GB':>10}{'GB, least':>11}{'GB, sent':>10}{'ms, roofline':>14}{'calls an edit':>15}"
     lines += ["", "a call, on one device:", titles]
     for p in found["programs"]:

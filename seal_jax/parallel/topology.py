@@ -1,9 +1,10 @@
 """`seal-jax plan`: what a config would take on devices that are not there. The real programs, compiled for them; nothing allocated.
 
 The fit step, the prefill of questions, the decoding of answers and the M-step are compiled for every device of a topology, with abstract
-arrays laid out as a run would lay them out. The compiler says what each takes, computes and sends; the time is a roofline: the longest of
-computing at the chip's peak, of reading once what must be read, and of sending over all of the chip's links at once. A real run is slower,
-by a factor that only a measurement tells.
+arrays laid out as a run would lay them out. Of fit steps there is the usual one, whose time counts, and those that may take the most
+memory: how many slots fit is found as a run finds it (`seal_jax.fit.memory`). The compiler says what each takes, computes and sends; the
+time is a roofline: the longest of computing at the chip's peak, of reading once what must be read, and of sending over all of the chip's
+links at once. A real run is slower, by a factor that only a measurement tells.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class Case:
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A case, compiled. `bytes` by kind, on one device; `work` of one call on one device, None where the compiler refused it; `sent`:
-    bytes that a device sends in a call, by the axes of the mesh that they go along."""
+    bytes that a device sends in a call, by the axes of the mesh that they go along; `largest`: the shape of the program that takes `bytes`,
+    where it is a larger one of the kind."""
 
     case: Case
     bytes: dict[str, float]
     work: cost.Work | None
     sent: dict[str, float] = dataclasses.field(default_factory=dict)
+    largest: str | None = None
 
     @property
     def total(self) -> float:
@@ -119,17 +122,21 @@ class Programs:
         self.answering = self.adapter * self.decoder.dtype.itemsize / 4  # bytes of an adapter while it answers
         r = config.rest_em
         self.edits = -(-min(r.group, r.contexts) * r.edits * r.seeds // self.shards)  # that a shard fits in one go
+        self.fitted = -(-config.largest_group // self.shards)  # the most adapters that it has at once, of an evaluation perhaps
         self.fit_length = plan.padded_length(math.ceil(workload.tokens / workload.sequences), f.lengths)
+        self.longest = plan.longest_step(1, f.lengths, f.tokens_per_step, f.batch_size)
 
-    def fit(self, slots: int) -> Case:
+    def fit(self, slots: int, length: int | None = None) -> Case:
+        """A step of sequences of the usual length, or padded to `length` tokens."""
         f, w = self.config.fit, self.workload
-        rows = self.fit_engine.most_rows(self.fit_length, slots)
+        length = length or self.fit_length
+        rows = self.fit_engine.most_rows(length, slots)
         filled = min(rows, slots)
-        kinds = {"weights": self.weights, "adapters": (3 * slots + self.edits) * self.adapter}  # with moments; results without
+        kinds = {"weights": self.weights, "adapters": (3 * slots + self.fitted) * self.adapter}  # with moments; results without
         return Case(
             name="fit",
-            shape=f"{counted(slots, 'slot')}, steps of {rows} x {f.batch_size} x {self.fit_length} tokens",
-            trace=lambda: self.fit_engine.trace(self.params, self.fit_length, rows, slots),
+            shape=f"{counted(slots, 'slot')}, steps of {rows} x {f.batch_size} x {length} tokens",
+            trace=lambda: self.fit_engine.trace(self.params, length, rows, slots),
             kinds=kinds,
             arguments=self.weights + 3 * slots * self.adapter,
             made=0,
@@ -137,7 +144,7 @@ class Programs:
             calls=w.sequences * f.epochs / (filled * f.batch_size * self.shards),
             items=filled,
             an_item=6 * self.adapter,
-            trips=-(-rows * f.batch_size * self.fit_length // LOSS_POSITIONS),
+            trips=-(-rows * f.batch_size * length // LOSS_POSITIONS),
         )
 
     def _answers(self) -> tuple[int, int, int, Any, Any]:
@@ -173,7 +180,11 @@ class Programs:
             name="prefill",
             shape=f"{adapters} x {each} questions of {length} tokens",
             trace=lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
-            kinds={"weights": self.weights, "adapters": 2 * self.edits * self.adapter + adapters * self.answering, "caches": caches + made},
+            kinds={
+                "weights": self.weights,
+                "adapters": 2 * self.fitted * self.adapter + adapters * self.answering,
+                "caches": caches + made,
+            },
             arguments=self.weights + adapters * self.answering,
             made=made,
             least=self.weights + adapters * self.answering + made,
@@ -195,7 +206,7 @@ class Programs:
             # What was fitted, and the same with its scale folded in, of which a few answer at a time.
             kinds={
                 "weights": self.weights,
-                "adapters": 2 * self.edits * self.adapter + adapters * self.answering,
+                "adapters": 2 * self.fitted * self.adapter + adapters * self.answering,
                 "caches": caches + prefix,
             },
             arguments=self.weights + adapters * self.answering + caches,
@@ -364,14 +375,23 @@ def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[st
 
 
 def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) -> tuple[memory.Fits | None, Program]:
-    """How many slots fit, and the step with so many, or with the fewest tried where none do."""
-    built: dict[int, Program] = {}
+    """How many slots fit, and the usual step with so many, or with the fewest tried where none do, with the bytes of the largest."""
+    built: dict[int, dict[int, Program]] = {}  # by slots and length
 
     def bytes_of(slots: int) -> float:
         say(f"compiling fit with {counted(slots, 'slot')} a shard, remat {programs.remat}")
-        built[slots] = build(programs.fit(slots), programs.mesh)
-        return math.inf if math.isinf(built[slots].total) else built[slots].total
+        here = built[slots] = {}
+        for length in memory.largest_steps(programs.fit_engine, programs.longest, slots):
+            here[length] = build(programs.fit(slots, length), programs.mesh)
+            if here[length].total > limit:
+                break
+        return max(program.total for program in here.values())
 
     most, slots = programs.edits, programs.config.fit.slots
     found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter, None if slots is None else min(slots, most))
-    return found, built[found.slots if found else min(built)]
+    slots = found.slots if found else min(built)
+    largest = max(built[slots].values(), key=lambda program: program.total)
+    if largest.work is None:
+        return found, largest
+    usual = built[slots].get(programs.fit_length) or build(programs.fit(slots), programs.mesh)
+    return found, dataclasses.replace(usual, bytes=largest.bytes, largest=None if largest is usual else largest.case.shape)

@@ -18,7 +18,7 @@ from seal_jax.config import FitConfig, LoraConfig, RunConfig, SftConfig
 from seal_jax.errors import SealError
 from seal_jax.fit import likelihood, memory
 from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, collection, total_steps
-from seal_jax.fit.plan import padded_length
+from seal_jax.fit.plan import longest_step
 from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.dtypes import activation_dtype
@@ -45,11 +45,6 @@ def _rounded(params: Any, weights: Any) -> Any:
     """`weights` in the dtypes of `params`, where those lie."""
     where, dtypes = (jax.tree.map(lambda x, name=name: getattr(x, name), params) for name in ("format", "dtype"))
     return jax.jit(lambda new: jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes), out_shardings=where)(weights)
-
-
-def largest_group(config: RunConfig) -> int:
-    """The most edits that are fitted in one go, in a round or in an evaluation (where each context has one of the passage alone)."""
-    return max(min(part.group, part.contexts) * (part.edits + 1) * part.seeds for part in (config.rest_em, config.evaluate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +216,8 @@ class Policy:
             return choices[-1], self.config.fit.slots or 1
         c, shards = self.config.fit, mesh_lib.shards(self.mesh)
         longest = max(len(s.ids) - 1 for job in jobs for s in job.sequences)
-        # Up to a whole step of one sequence, what a step takes hangs on its tokens more than on how long they are.
-        length = padded_length(max(longest, min(c.tokens_per_step // c.batch_size, max(c.lengths))), tuple(c.lengths))
-        edits, beside = 8 * -(-max(len(jobs), largest_group(self.config)) // (8 * shards)), 0
+        length = longest_step(longest, tuple(c.lengths), c.tokens_per_step, c.batch_size)
+        edits, beside = 8 * -(-max(len(jobs), self.config.largest_group) // (8 * shards)), 0
         if held is not None:  # each row of a step has a copy of the one that it stands on
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
             beside = int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))

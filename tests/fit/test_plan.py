@@ -73,6 +73,13 @@ def test_orders_differ_between_epochs_and_seeds():
     assert first != second and first != other
 
 
+def test_the_longest_step_that_is_asked_for():
+    asked = [
+        plan.longest_step(longest, (16, 64, 256), tokens, batch) for longest, tokens, batch in ((5, 4096, 1), (5, 128, 2), (300, 128, 2))
+    ]
+    assert asked == [256, 64, 512], "of short sequences that of a whole step, and no longer than there are lengths"
+
+
 def test_padded_lengths():
     for length in range(1, 20000):
         padded = plan.padded_length(length)

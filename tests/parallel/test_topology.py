@@ -12,6 +12,7 @@ import pytest
 from seal_jax import cli
 from seal_jax import config as config_lib
 from seal_jax.errors import SealError
+from seal_jax.fit import memory
 from seal_jax.models import shapes
 from seal_jax.models.spec import from_hf
 from seal_jax.parallel import cost, plan_table, targets, topology
@@ -178,11 +179,31 @@ def test_what_fits_recompute_follows_from_the_memory(settings):
     roomy = topology.make(settings, from_hf(SPEC), target, said.append)
     assert (roomy.remat, roomy.slots) == ("none", roomy.edits) and not any("remat full" in line for line in said)
     settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, slots=roomy.slots))
-    narrow = topology.make(settings, from_hf(SPEC), dataclasses.replace(target, limit=roomy.programs[0].total - 1), said.append)
-    assert narrow.fits and (narrow.remat, narrow.slots) == ("full", roomy.slots)
+    limit = roomy.programs[0].total - 1
+    narrow = topology.make(settings, from_hf(SPEC), dataclasses.replace(target, limit=limit), said.append)
     fit, m_step = narrow.programs[0], narrow.programs[-1]
+    assert (narrow.remat, narrow.slots) == ("full", roomy.slots) and fit.total <= limit
     assert fit.total < roomy.programs[0].total and fit.work.flops > 1.2 * roomy.programs[0].work.flops
     assert m_step.work.flops == roomy.programs[-1].work.flops, "which recomputes in both"
+
+
+def test_a_plan_finds_the_slots_that_a_run_finds(settings):
+    """Both ask for the steps that take the most, which the usual one is not; the plan's time is that of the usual one."""
+    fit = dataclasses.replace(settings.fit, slots=None, tokens_per_step=256, lengths=[16, 48, 128])
+    settings = dataclasses.replace(settings, fit=fit)
+    programs = made(settings, mesh_lib.single())
+    usual, longest = (topology.build(programs.fit(1, length), programs.mesh) for length in (48, 128))
+    assert longest.total > usual.total
+    limit = longest.total + 3.5 * programs.adapter  # room for two slots, and of usual steps for more
+    target = dataclasses.replace(targets.here(), limit=limit)
+    plan = topology.make(settings, programs.spec, target)
+    engine = programs.fit_engine
+    asked = {"most": programs.edits, "limit": limit}
+    assert plan.slots == memory.slots_that_fit(engine, programs.params, programs.longest, programs.fitted, **asked) < programs.edits
+    found = plan.programs[0]
+    assert found.case.shape == programs.fit(plan.slots).shape and found.largest == programs.fit(plan.slots, 128).shape
+    assert topology.build(programs.fit(plan.slots), programs.mesh).total < found.total <= limit
+    assert f"  {found.largest}" in plan_table.table(plan_table.record(plan, settings, "small"))
 
 
 @needs_libtpu
