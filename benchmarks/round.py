@@ -29,11 +29,10 @@ from benchmarks.fit import TOLERANCE, engine, loss_gap, with_room
 from benchmarks.workload import Edit
 from seal_jax import rng
 from seal_jax.config import LENGTHS, FitConfig
-from seal_jax.models import lora as lora_lib
+from seal_jax.fit.engine import collection
 from seal_jax.parallel import cost
+from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.sample.engine import Request, generate
-
-_scaled = jax.jit(jax.vmap(lora_lib.scaled))
 
 
 def parse(argv: Sequence[str] | None) -> Any:
@@ -98,7 +97,7 @@ class Step:
         b, a = self.bench, self.bench.args
         start = time.perf_counter()
         fitted = engine(b, a.slots).fit(b.params, self.jobs, seed=a.seed)
-        lora = jax.block_until_ready(_scaled(fitted.lora, fitted.scale))
+        lora = jax.block_until_ready(collection(fitted, mesh_lib.single()))
         self.seconds.setdefault("fit", []).append(time.perf_counter() - start)
         self.losses, self.padding = fitted.losses, fitted.waste.share
         places = [int(p) for p in fitted.places]

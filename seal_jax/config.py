@@ -82,7 +82,7 @@ class SampleConfig:
     top_k: int = 0  # only the likeliest so many are drawn; 0: all
     max_tokens: int = 8192  # bounded by model.max_length as well
     constrained: bool = True  # where the task has a schema for its self-edits, nothing else is written
-    rows: int = 32  # sequences decoded at once
+    rows: int = 32  # sequences decoded at once by each device along mesh.edit
 
 
 @dataclasses.dataclass
@@ -90,7 +90,7 @@ class AnswerConfig:
     """How adapted models answer: greedily."""
 
     max_tokens: int = 64  # of one answer
-    rows: int = 64  # answers decoded at once, over all adapters
+    rows: int = 64  # answers decoded at once, over all adapters, by each device along mesh.edit
 
 
 @dataclasses.dataclass
@@ -272,7 +272,8 @@ class RunConfig:
     @property
     def largest_group(self) -> int:
         """The most edits that are fitted in one go, in a round or in an evaluation (where each context has one of the passage alone)."""
-        return max(min(part.group, part.contexts) * (part.edits + 1) * part.seeds for part in (self.rest_em, self.evaluate))
+        r, e = self.rest_em, self.evaluate
+        return max(min(r.group, r.contexts) * r.edits * r.seeds, min(e.group, e.contexts) * (e.edits + 1) * e.seeds)
 
 
 def task_names() -> list[str]:

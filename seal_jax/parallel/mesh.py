@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from seal_jax.config import MeshConfig
 from seal_jax.errors import SealError
+from seal_jax.models.spec import DecoderSpec
 
 AXES = ("edit", "fsdp", "tensor")
 SHARED = ("tensor", "fsdp")  # what shares a model too large for one device
@@ -136,6 +137,11 @@ def edit_sharding(mesh: Mesh) -> NamedSharding:
 def cache_sharding(mesh: Mesh, kv_heads: int) -> NamedSharding:
     """The sharding of stacked caches [N, E, B, G, ...] with `kv_heads` G."""
     return NamedSharding(mesh, P(*CACHES, None, None if kv_heads % mesh.shape["tensor"] else "tensor"))
+
+
+def cuts_heads(mesh: Mesh, spec: DecoderSpec) -> bool:
+    """Whether `tensor` cuts projections within a head of attention, the two halves of which rotary embedding then brings together."""
+    return bool(spec.num_heads % mesh.shape["tensor"] or spec.num_kv_heads % mesh.shape["tensor"])
 
 
 def data_shards(mesh: Mesh) -> int:

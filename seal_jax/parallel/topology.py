@@ -182,7 +182,7 @@ class Programs:
             trace=lambda: decode.prefill.trace(self.decoder, self.mesh, self.params, lora, tokens, lengths),
             kinds={
                 "weights": self.weights,
-                "adapters": 2 * self.fitted * self.adapter + adapters * self.answering,
+                "adapters": self.fitted * self.adapter + adapters * self.answering,
                 "caches": caches + made,
             },
             arguments=self.weights + adapters * self.answering,
@@ -203,10 +203,10 @@ class Programs:
             name="decode",
             shape=f"a token of {adapters} x {each} answers, {positions} positions",
             trace=lambda: decode.decode.trace(self.decoder, self.spec.eos_ids, self.mesh, self.params, lora, rows, steps),
-            # What was fitted, and the same with its scale folded in, of which a few answer at a time.
+            # All that were fitted, and those that answer now.
             kinds={
                 "weights": self.weights,
-                "adapters": 2 * self.fitted * self.adapter + adapters * self.answering,
+                "adapters": self.fitted * self.adapter + adapters * self.answering,
                 "caches": caches + prefix,
             },
             arguments=self.weights + adapters * self.answering + caches,

@@ -194,11 +194,11 @@ def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, g
         )
 
     most = jnp.max(jnp.sum(starts.row < rows.last.shape[1], axis=1))
-    scores, lengths = prefix.logits.reshape(-1, prefix.logits.shape[-1]), prefix.length.reshape(-1)
+    lengths, every = prefix.length.reshape(-1), jax.tree.map(_flat, starts)
+    scores = _masked(prefix.logits.reshape(-1, prefix.logits.shape[-1])[every.source], guide, every.state)
+    tokens = pick(scores, every.sampling, jnp.zeros_like(every.source)).reshape(starts.source.shape)  # mapped, it would do all it can
 
-    def one(rows: Rows, starts: Starts) -> Rows:
-        token = pick(_masked(scores[starts.source], guide, starts.state), starts.sampling, jnp.zeros_like(starts.source))
-
+    def one(rows: Rows, starts: Starts, token: jax.Array) -> Rows:
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[starts.row].set(new, mode="drop")
 
@@ -215,7 +215,12 @@ def _insert(stop: tuple[int, ...], rows: Rows, prefix: Prefix, starts: Starts, g
         )
 
     cache = jax.lax.fori_loop(0, most, copy, rows.cache)
-    return jax.vmap(one)(rows._replace(cache=()), starts)._replace(cache=cache)
+    return jax.vmap(one)(rows._replace(cache=()), starts, tokens)._replace(cache=cache)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[E, R, ...] as [E * R, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _masked(logits: jax.Array, guide: Guide | None, state: jax.Array) -> jax.Array:
@@ -230,22 +235,24 @@ def _is_stop(token: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 def decode(
     decoder: Decoder, stop: tuple[int, ...], mesh: Mesh, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None = None
 ) -> Rows:
-    """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are."""
-    shard = functools.partial(_decode, decoder, stop)
+    """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are, unless
+    heads are cut: what a device then sends to another may be a matter of all of them, so that the shards end together."""
+    shard = functools.partial(_decode, decoder, stop, mesh_lib.cuts_heads(mesh, decoder.spec))
     deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, ROWS, EVERYWHERE, EVERYWHERE), ROWS)
     return _placed(deal(params, lora, rows, steps, guide), mesh)
 
 
-def _decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None) -> Rows:
+def _decode(
+    decoder: Decoder, stop: tuple[int, ...], together: bool, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None
+) -> Rows:
     def one(rows: Rows) -> Rows:
         def hidden_of(lora: Any, last: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Entries]:
             hidden, entries = decoder.apply(_variables(params, lora), last[:, None], position[:, None], cache)
             return hidden[:, 0], entries
 
         hidden, entries = jax.vmap(hidden_of, in_axes=(0, 0, 0, 1), out_axes=(0, 1))(lora, rows.last, rows.position, rows.cache)
-        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        scores = _masked(flat(logits(params, hidden)), guide, flat(rows.state))
-        token = pick(scores, jax.tree.map(flat, rows.sampling), flat(rows.drawn)).reshape(rows.last.shape)
+        scores = _masked(_flat(logits(params, hidden)), guide, _flat(rows.state))
+        token = pick(scores, jax.tree.map(_flat, rows.sampling), _flat(rows.drawn)).reshape(rows.last.shape)
         # A row that is done stays as it is, but for a cache entry that no one reads.
         token = jnp.where(rows.done, rows.last, token)
         e, r = jnp.indices(rows.last.shape)
@@ -264,5 +271,9 @@ def _decode(decoder: Decoder, stop: tuple[int, ...], params: Any, lora: Any, row
     def body(carry: tuple[jax.Array, Rows]) -> tuple[jax.Array, Rows]:
         return carry[0] + 1, one(carry[1])
 
-    _, rows = jax.lax.while_loop(lambda c: (c[0] < steps) & ~jnp.all(c[1].done), body, (jnp.int32(0), rows))
+    def goes_on(carry: tuple[jax.Array, Rows]) -> jax.Array:
+        live = ~jnp.all(carry[1].done)
+        return (carry[0] < steps) & (jax.lax.pmax(live.astype(jnp.int32), "edit") > 0 if together else live)
+
+    _, rows = jax.lax.while_loop(goes_on, body, (jnp.int32(0), rows))
     return rows

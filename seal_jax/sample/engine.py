@@ -105,8 +105,11 @@ def _guide(requests: Sequence[Request], stop: Sequence[int], vocab_size: int, me
 
 
 def cache_length(prompt: int, tokens: int) -> int:
-    """The length of a cache for sequences of so many `tokens` at most, `prompt` tokens of prompt among them."""
-    return -(-max(padded_length(prompt), tokens) // LANES) * LANES
+    """The length of a cache for sequences of so many `tokens` at most, `prompt` tokens of prompt among them: one of a few, since each is a
+    program, and the longest prompt is another one in each group of contexts."""
+    room = max(padded_length(prompt), tokens)
+    part = min(max(LANES, power_of_two(room) // 8), 4 * LANES)
+    return -(-room // part) * part
 
 
 class _Model(NamedTuple):
@@ -222,18 +225,21 @@ class _Pool:
         widths = [*(c.length for c in calls), *(self.ready[key][0].cache.v.shape[-2] for key in where if key in self.ready)]
         self._resize(max([*widths, *(min(n + steps, self._limit(place)) for place, n in self.length.items())]))
         wanted = {(s, a, self.requests[queue[0]].prompt) for s, waiting in enumerate(self.line.waiting) for a, queue in waiting.items()}
-        for call in (None, *calls):  # one by one, so that what was read is in its rows before more is
+        for call in (None, *calls):  # one by one, so that what was read is in its rows, and its own cache gone, before more is
             if call is not None:
                 self._prefill(call)
-            by_prefix: dict[int, tuple[device.Prefix, list[Start]]] = {}
-            for s in starts:
-                if self._key(s) in self.ready:
-                    prefix, _ = self.ready[self._key(s)]
-                    by_prefix.setdefault(id(prefix), (prefix, []))[1].append(s)
+            self._seat([s for s in starts if self._key(s) in self.ready])
             starts = [s for s in starts if self._key(s) not in self.ready]
-            for prefix, together in by_prefix.values():
-                self._insert(prefix, together)
             self._keep(wanted)
+
+    def _seat(self, starts: list[Start]) -> None:
+        """Puts requests whose prompts have been read into their rows."""
+        by_prefix: dict[int, tuple[device.Prefix, list[Start]]] = {}
+        for s in starts:
+            prefix, _ = self.ready[self._key(s)]
+            by_prefix.setdefault(id(prefix), (prefix, []))[1].append(s)
+        for prefix, together in by_prefix.values():
+            self._insert(prefix, together)
 
     def _prefill(self, call: Reading) -> None:
         m = self.model

@@ -52,6 +52,14 @@ def run(shape, host, jobs, prompts):
     }
 
 
+def uneven(shape, host, prompts):
+    """Answers of two shards, one of which has ten times as many tokens to draw."""
+    mesh = mesh_lib.make(MeshConfig(*shape))
+    params = jax.tree.map(jax.device_put, host, mesh_lib.parameter_shardings(mesh, host))
+    requests = [Request(prompts[0], 3), Request(prompts[1], 30)]
+    return [g.tokens for g in generate(Decoder(SPEC), params, requests, stop=(), rows=2, mesh=mesh)]
+
+
 def stacked(shape, host, jobs):
     """Edits on top of held adapters: (losses, nll of a text under each of them together, moved from what was held)."""
     mesh = mesh_lib.make(MeshConfig(*shape))
@@ -142,6 +150,9 @@ def main():
             "same_samples": one["samples"] == many["samples"],
             **{key: many[key] for key in ("devices", "part", "steps")},
         }
+    cut = 2, 1, 4  # twice as many devices along `tensor` as there are heads of keys
+    assert mesh_lib.cuts_heads(mesh_lib.make(MeshConfig(*cut)), SPEC)
+    report["uneven"] = uneven(cut, host, prompts) == uneven((1, 1, 1), host, prompts)
     (losses, nll, before), others = stacked((1, 1, 1), host, jobs), stacked((2, 2, 2), host, jobs)
     report["held"] = {
         "losses": max(float(np.abs(a / b - 1).max()) for a, b in zip(losses, others[0], strict=True)),

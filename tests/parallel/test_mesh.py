@@ -54,6 +54,11 @@ def test_work_and_weights_are_dealt_out(devices, shape):
         assert found["steps"] < devices["steps"], "more slots, fewer steps"
 
 
+def test_shards_that_send_while_they_decode_end_together(devices):
+    """Where heads are cut, a shard that ended alone would leave the others waiting for it."""
+    assert devices["uneven"]
+
+
 def test_held_adapters_are_found_on_their_shards(devices):
     """Edits on top of held adapters, and what these make of a text: as on one device."""
     found = devices["held"]
