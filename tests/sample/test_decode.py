@@ -90,3 +90,12 @@ def test_decoding_ends_when_all_are_done(world):
     rows = start(world, decode.empty(world[0], MESH, 1, ROWS, LENGTH, OUT), [0, 1], [0, 1], [2, 5])
     rows = run(world, rows, 1_000_000_000)
     assert np.asarray(rows.done).all() and rows.drawn.tolist() == [[2, 5, 0, 0]] and rows.position.tolist() == [[17, 11, 0, 0]]
+
+
+def test_greedy_requests_do_not_pay_for_sampling(world):
+    """What only sampled rows need is behind a condition; under `vmap` all of it would be computed."""
+    decoder, _, prefix = world
+    rows = jax.eval_shape(lambda: decode._rows(decoder, 1, ROWS, LENGTH, OUT))
+    slots = np.zeros((1, ROWS), np.int32)
+    starts = decode.Starts(slots, slots, slots, slots, greedy((1, ROWS)))
+    assert " cond[" in str(jax.make_jaxpr(lambda *arguments: decode._insert(STOP, *arguments, None))(rows, prefix, starts))
