@@ -45,8 +45,8 @@ def load_model(config: ModelConfig, sharding: hf.Sharding | None = None, key: st
     return Model(spec, params, tokenizer, config.name)
 
 
-def check_model(config: ModelConfig, key: str = "model.name") -> None:
-    """Raises `SealError` where `load_model` would, as far as can be told without reading weights; a hub id is fetched."""
+def check_model(config: ModelConfig, key: str = "model.name") -> DecoderSpec:
+    """Raises `SealError` where `load_model` would, as far as can be told without reading weights; a hub id is fetched. Else its spec."""
     resolve_dtype(config.dtype)
     path = _fetched(config.name, key)
     if path.is_file():
@@ -57,6 +57,7 @@ def check_model(config: ModelConfig, key: str = "model.name") -> None:
         spec, tokenizer = hf.read_spec(path)
         hf.check_params(path, spec)
     _check_ids(path, spec, tokenizer)
+    return spec
 
 
 def _fetched(name: str, key: str) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 from seal_jax.models.lora import GROUPS, dimensions
 from seal_jax.models.spec import DecoderSpec
@@ -60,6 +62,11 @@ def leaves(spec: DecoderSpec) -> list[Leaf]:
         for name in ("q_norm", "k_norm"):
             out.append(Leaf(("layers", "attn", name, "scale"), f"{block}.self_attn.{name}.weight", (n, spec.head_dim)))
     return out
+
+
+def abstract(spec: DecoderSpec, dtype: Any, sharding: Callable[[Path, tuple[int, ...]], Any]) -> dict[str, Any]:
+    """The parameters of a model as `jax.ShapeDtypeStruct`s, with their shardings by path and shape."""
+    return nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding(leaf.path, leaf.shape)) for leaf in leaves(spec)})
 
 
 def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:

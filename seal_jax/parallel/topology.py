@@ -28,7 +28,7 @@ from seal_jax.fit.engine import LOSS_POSITIONS, FitEngine, Tokens
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.dtypes import activation_dtype, resolve_dtype
 from seal_jax.models.spec import DecoderSpec
-from seal_jax.models.tree import leaves, nest
+from seal_jax.models.tree import abstract, leaves
 from seal_jax.parallel import collectives, cost
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel.targets import Target
@@ -110,10 +110,7 @@ class Programs:
         choices = memory.remats(config.model.remat)
         self.remat = remat or choices[0]
         self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), choices[-1])
-        where = mesh_lib.parameter_sharding(mesh)
-        shapes = {leaf.path: leaf.shape for leaf in leaves(spec)}
-        params = nest({p: jax.ShapeDtypeStruct(shape, weights, sharding=where(p, shape)) for p, shape in shapes.items()})
-        self.params = mesh_lib.laid_out(params, mesh)
+        self.params = mesh_lib.laid_out(abstract(spec, weights, mesh_lib.parameter_sharding(mesh)), mesh)
         self.weights = cost.shard_bytes(self.params)
         f = config.fit
         options = {"tokens_per_step": f.tokens_per_step, "batch_size": f.batch_size, "lengths": f.lengths, "mesh": mesh}

@@ -75,6 +75,7 @@ class Policy:
 
     def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh or mesh_lib.single()
+        self.beside = 0  # bytes a device that another model is going to take
         self._settled: dict[tuple[int, int, int], tuple[str, int]] = {}
         self._peak = chips.peak(self.mesh.devices.flat)
         self.tokenizer: Tokenizer = model.tokenizer
@@ -217,10 +218,10 @@ class Policy:
         c, shards = self.config.fit, mesh_lib.shards(self.mesh)
         longest = max(len(s.ids) - 1 for job in jobs for s in job.sequences)
         length = longest_step(longest, tuple(c.lengths), c.tokens_per_step, c.batch_size)
-        edits, beside = 8 * -(-max(len(jobs), self.config.largest_group) // (8 * shards)), 0
+        edits, beside = 8 * -(-max(len(jobs), self.config.largest_group) // (8 * shards)), self.beside
         if held is not None:  # each row of a step has a copy of the one that it stands on
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
-            beside = int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
+            beside += int(cost.shard_bytes(held) * (1 + rows * shards / jax.tree.leaves(held)[0].shape[0]))
         asked = (length, edits, beside)
         for before, found in self._settled.items():
             if all(a >= b for a, b in zip(before, asked, strict=True)):

@@ -7,14 +7,18 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
+from jax.sharding import Mesh
+
 from seal_jax import config as config_lib
 from seal_jax import grade, tasks
-from seal_jax.config import RunConfig
+from seal_jax.config import ModelConfig, RunConfig
 from seal_jax.errors import SealError
 from seal_jax.grade.base import GradeItem, Grader
 from seal_jax.models import load
+from seal_jax.models.dtypes import resolve_dtype
+from seal_jax.models.tree import abstract
+from seal_jax.parallel import cost, processes
 from seal_jax.parallel import mesh as mesh_lib
-from seal_jax.parallel import processes
 from seal_jax.progress import bar
 from seal_jax.rest_em import given
 from seal_jax.rest_em.policy import Policy
@@ -56,6 +60,7 @@ def build(
     if trained is not None and (name := config_lib.load(trained.folder / CONFIG).model.name) != config.model.name:
         raise SealError(f"model.name={config.model.name!r}: the policy of {trained.folder} is {name!r}, trained; leave model.name out")
     policy = load_policy(config)
+    policy.beside = judge_bytes(config, policy.mesh) if grades else 0
     for number in range(1, after + 1):
         assert trained is not None
         restore(policy, trained, number)
@@ -101,7 +106,7 @@ def usable(policy: Policy, task: Task, contexts: Sequence[Context], split: str) 
 def grader(config: RunConfig) -> Grader:
     """The grader that the config names. A judging model is loaded at its first call; it is not the policy, which changes as it learns."""
     judge: list[Policy] = []
-    model = dataclasses.replace(config.model, name=config.grade.model)
+    model = _judging(config)
 
     def generate(prompts: Sequence[Prompt]) -> list[str]:
         if not judge:
@@ -116,6 +121,20 @@ def grader(config: RunConfig) -> Grader:
 
     found = grade.build(config.grade, generate, check)
     return _AskedOnce(found) if config.grade.name == "endpoint" else found
+
+
+def judge_bytes(config: RunConfig, mesh: Mesh) -> int:
+    """Bytes a device of the weights of a judging model, which is loaded when there is something to grade; 0 without one."""
+    if config.grade.name != "judge":
+        return 0
+    model = _judging(config)
+    with _of_the_judge():
+        spec = load.check_model(model, JUDGE)
+    return cost.shard_bytes(abstract(spec, resolve_dtype(model.dtype), mesh_lib.parameter_sharding(mesh)))
+
+
+def _judging(config: RunConfig) -> ModelConfig:
+    return dataclasses.replace(config.model, name=config.grade.model)
 
 
 @contextlib.contextmanager

@@ -200,6 +200,11 @@ def test_what_fits_recompute_follows_from_the_memory(model, policy, monkeypatch)
         assert fits[-2:] == [found] * 2 and asked == questions, "asked for once"
         assert [[a.outputs for a in result] for result in results] == [[a.outputs for a in expected]] * 2
     assert auto.decoder.remat == "full", "of the M-step"
+    auto = make_policy(model, "auto", fit=fit | {"slots": 4}, rest_em=few, evaluate=few)
+    auto.beside = 1  # of another model, for which there was room before
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 4008.0)
+    auto.adapt(edits)
+    assert fits[-1] == ("full", 4)
 
 
 def pairs_of(n):

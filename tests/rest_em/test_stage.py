@@ -1,6 +1,7 @@
 import dataclasses
 import shutil
 
+import jax
 import pytest
 
 from seal_jax import config as config_lib
@@ -54,6 +55,15 @@ def test_a_judge_that_cannot_be_loaded_is_found_before_a_policy_is(base, tiny_mo
     (folder / lost).unlink()
     with pytest.raises(SealError, match=rf"^grade.model, the judge: {folder}"):
         stage_lib.build(judged(base, folder), ("train",))
+
+
+def test_fits_leave_room_for_a_judge(base, tiny_model, tmp_path):
+    """It is loaded after the first fits, when it has been settled how much memory they take."""
+    other = shutil.copytree(tiny_model, tmp_path / "judge")
+    stage = stage_lib.build(judged(base, other), ("train",))
+    assert stage.policy.beside == sum(x.nbytes for x in jax.tree.leaves(stage.policy.params)), "a model like the policy"
+    assert stage_lib.build(judged(base, other), ("train",), grades=False).policy.beside == 0
+    assert stage_lib.build(base, ("train",)).policy.beside == 0
 
 
 def test_a_grader_is_checked_where_there_is_something_to_grade(base, tmp_path):
