@@ -4,7 +4,8 @@
 
 The edits are a sample of the workload (`benchmarks.workload`) spread over its sizes, with `--epochs` of its 10 epochs; the same first
 edits for every K and for the peer. Tokens are those that a loss is taken on, so padding never counts as work done. `edits_per_s` is of
-whole edits of the workload: tokens a second over the tokens of its mean edit; `ratio` is ours over the peer's tokens a second.
+whole edits of the workload: tokens a second over the tokens of its mean edit; `ratio` is ours over the peer's tokens a second. What the
+peer does for an edit besides its steps is counted once a whole edit of 10 epochs, however few of its steps are timed.
 
 Each case is a line as soon as it has been timed: `fit-kK` by K, then `peft-dynamic`, then `fit-kK-vs-peft`, which has the ratio and the
 check, and what else there is time for. A case that the device has no room for is left out, and said so; of K no more edits are
@@ -28,12 +29,13 @@ from benchmarks.common import Bench
 from seal_jax.config import LENGTHS, FitConfig
 from seal_jax.errors import SealError
 from seal_jax.fit import memory, plan
-from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens
+from seal_jax.fit.engine import FitEngine, FitJob, Fitted, Tokens, total_steps
 from seal_jax.parallel import cost
 
 # Largest distance of an edit's losses from the peer's: the mean over its steps, as a share of its mean loss. In bfloat16 each side rounds
 # in its own order.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+LONG = 10  # times as many steps as are timed, of the edits by which a length of sequences is compared
 FALL_TOLERANCE = {"float32": 1e-2, "bfloat16": 1e-1}  # the same as a share of what a short edit's loss falls by
 
 
@@ -46,14 +48,14 @@ def parse(argv: Sequence[str] | None) -> Any:
     p.add_argument("--lengths", help="padded lengths (default: the library's)")
     p.add_argument("--peer-edits", type=int, default=4, help="edits that the peer fits a repeat")
     p.add_argument(
-        "--padded-steps", type=int, help="steps that the peer is timed for with padding to 2048 (default 2; on a GPU 8); 0: none"
+        "--padded-steps", type=int, help="steps that the peer is timed for with padding to 2048 (default 3; on a GPU 8); 0: none"
     )
     p.add_argument("--sweep", help="lengths of the sweep of tokens an adapter-step (default 16,64,256; none: no sweep)")
     args = p.parse_args(argv)
     common.default(args, "k", "2,1", "32,8,1", "64,16,4,1")
     common.default(args, "epochs", 1, 1, 3)
     common.default(args, "tokens_per_step", 768, 512, 2048)
-    common.default(args, "padded_steps", 1, 2, 8)
+    common.default(args, "padded_steps", 1, 3, 8)
     common.default(args, "sweep", "16", "16,64,256", "16,64,256,1024")
     common.default(args, "lengths", "384", ",".join(map(str, LENGTHS)), ",".join(map(str, LENGTHS)))
     args.peer_edits = 2 if args.tiny else args.peer_edits
@@ -84,6 +86,16 @@ def labels(jobs: Sequence[FitJob]) -> list[int]:
 def loss_gap(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
     """The largest over edits of the mean distance of the losses, as a share of the edit's mean loss."""
     return max(float(np.mean(np.abs(a[: len(b)] - b)) / np.mean(b)) for a, b in zip(ours, theirs, strict=True))
+
+
+def whole_edits(seconds: float, first: float, edits: int, steps: int, whole: int) -> float:
+    """The seconds of some of the peer's edits with `whole` steps in all, from those with `steps` in all and with one each (`first`).
+
+    An adapter put on and taken off, and a Trainer made, weigh more in a few steps than in a whole edit.
+    """
+    if steps <= edits:
+        return seconds * whole / steps
+    return first + (whole - edits) * max(0.0, seconds - first) / (steps - edits)
 
 
 def with_room(bench: Bench, slots: int, jobs: Sequence[FitJob]) -> int:
@@ -188,11 +200,18 @@ def beside(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: Sequenc
     took: dict[str, list[float]] = {}
     with common.within_memory("peft dynamic"):
         theirs = peer.fit(own, args.seed, initial=True)  # the check, and the peer's warm-up
-        cases = {"peft dynamic": functools.partial(peer.fit, own, args.seed)}
+        cases = {
+            "peft dynamic": functools.partial(peer.fit, own, args.seed),
+            "peft one step": functools.partial(peer.fit, own, args.seed, steps=1),
+        }
         took = common.interleave(cases, args.repeats, bench.until(0.75), warm=list(cases))
-    for seconds in took.values():
+    if "peft dynamic" in took:
         loss = float(np.mean(np.concatenate(theirs)))
-        rate = row("peft-dynamic", labels(own), seconds, k=1, edits=len(own), epochs=args.epochs, loss=loss)
+        whole = [dataclasses.replace(job, config=dataclasses.replace(job.config, epochs=10)) for job in own]
+        first = statistics.median(took.get("peft one step", [0.0]))
+        steps = [sum(map(total_steps, jobs)) for jobs in (own, whole)]
+        seconds = [whole_edits(s, first, len(own), *steps) for s in took["peft dynamic"]]
+        rate = row("peft-dynamic", labels(whole), seconds, k=1, edits=len(own), epochs_timed=args.epochs, loss=loss)
         for x in ours:
             gap = loss_gap(x.losses[: len(own)], theirs)
             more = {"loss_gap": gap, "check": "ok" if gap <= TOLERANCE[args.dtype] else "failed"}
@@ -207,12 +226,19 @@ def beside(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: Sequenc
 
 def padded(bench: Bench, peer: peers.Peer, jobs: Sequence[FitJob], ours: float, row: Callable[..., float]) -> None:
     """The original's way, every sequence padded to 2048 and trained on: a few steps are timed."""
-    steps = bench.args.padded_steps
-    peer.fit(jobs[:1], bench.args.seed, padded=True, steps=1)
-    took = [common.seconds(lambda: peer.fit(jobs[:1], bench.args.seed, padded=True, steps=steps)) for _ in range(1 if bench.on_cpu else 3)]
+    steps, repeats = bench.args.padded_steps, 1 if bench.on_cpu else 3
+
+    def timed(steps: int) -> list[float]:
+        return [common.seconds(lambda: peer.fit(jobs[:1], bench.args.seed, padded=True, steps=steps)) for _ in range(repeats)]
+
+    if not bench.on_cpu:
+        timed(1)
+    first, took = statistics.median(timed(1)), timed(steps)
     # A step trains one sequence whatever its length: of the workload's mean one, not of those few that happened to be timed.
-    each = statistics.mean(n - 1 for e in workload.make_round(bench.args.seed) for n in e.sequences)
-    rate = row("peft-padded-2048", [round(each)] * steps, took, k=1, steps_timed=steps)
+    edits = workload.make_round(bench.args.seed)
+    each, whole = statistics.mean(n - 1 for e in edits for n in e.sequences), round(10 * statistics.mean(len(e.sequences) for e in edits))
+    seconds = [whole_edits(s, first, 1, steps, whole) for s in took]
+    rate = row("peft-padded-2048", [round(each)] * whole, seconds, k=1, steps_timed=steps)
     bench.add("fit-best-vs-padded", tokens_per_s=ours, peer="peft-padded-2048", ratio=ours / rate)
 
 
@@ -239,12 +265,19 @@ def sweep(bench: Bench, peer: peers.Peer | None, config: FitConfig, most: int, r
             "k=1": functools.partial(fit, bench, 1, few),
         }
         if peer is not None:
-            cases["peft"] = functools.partial(peer.fit, few, args.seed)
+            cases |= {
+                "peft": functools.partial(peer.fit, few, args.seed),
+                "peft one step": functools.partial(peer.fit, few, args.seed, steps=1),
+            }
         took = common.interleave(cases, min(args.repeats, 2), bench.until(0.97))
         if f"k={k}" not in took:
             continue
         ours = sum(labels(made)) / statistics.median(took[f"k={k}"])
-        ratio = {name: ours * statistics.median(took[name]) / sum(labels(few)) for name in ("k=1", "peft") if name in took}
+        median = {name: statistics.median(s) for name, s in took.items()}
+        if "peft" in took:  # its steps alone, as those of a long edit
+            own = len(few) * each
+            median["peft"] = whole_edits(median["peft"], median.get("peft one step", 0.0), len(few), own, LONG * own) / LONG
+        ratio = {name: ours * median[name] / sum(labels(few)) for name in ("k=1", "peft") if name in took}
         against = {"peer": "peft-dynamic", "ratio": ratio["peft"]} if "peft" in ratio else {}
         row(f"fit-length-{length}", labels(made), took[f"k={k}"], k=k, length=length, over_k1=ratio.get("k=1"), **against)
 

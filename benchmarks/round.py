@@ -155,6 +155,13 @@ class PeerStep:
         self.write.append(common.seconds(write))
         self.adapt.append(common.seconds(fit))
 
+    def warm_up(self) -> None:
+        """All it does, in the timed shapes, but a few steps and tokens of each."""
+        step, context = self.step, self.contexts[0]
+        self.peer.fit(self.jobs[:1], step.bench.args.seed, steps=2)
+        self.peer.generate([step.text(e.prompt, e.context, "prompt") for e in step.candidates if e.context == context], 2, sample=True)
+        self.peer.generate(step.questions(self.edits[0]), 2)
+
     def rate(self) -> float:
         """Edits a second; what is written for a context serves all its fits."""
         served = sum(e.context in self.contexts for e in self.step.edits)
@@ -206,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def beside(bench: Bench, other: PeerStep, rates: dict[str, float]) -> None:
     """The peer's row, and ours in ratio to it."""
     args = bench.args
-    other.peer.fit(other.jobs[:1], args.seed, steps=2)
+    other.warm_up()
     for seconds in common.interleave({"peer": other.run}, args.repeats, bench.until(1.0), warm=["peer"]).values():
         slow = other.rate()
         work = statistics.mean(e.labels for e in other.edits) * args.epochs

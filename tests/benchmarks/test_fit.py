@@ -36,6 +36,14 @@ def test_beside_the_peer(measure, torch_peer, tmp_path):
     assert len((tmp_path / "lines").read_text().splitlines()) == len(rows)
 
 
+def test_what_an_edit_costs_besides_its_steps_is_counted_once():
+    """Two edits of 3 s besides their steps of half a second: as many steps as there are, and ten times as many."""
+    took = lambda steps: 2 * 3.0 + 0.5 * steps  # noqa: E731
+    assert fit.whole_edits(took(20), took(2), 2, 20, 20) == took(20)
+    assert fit.whole_edits(took(20), took(2), 2, 20, 200) == took(200)
+    assert fit.whole_edits(1.5, 1.5, 1, 1, 10) == 15.0, "one step says nothing of what is besides"
+
+
 @pytest.fixture
 def no_room(monkeypatch):
     """`no_room(where)`: our fits find no room on the device where `where(slots, jobs)`."""
