@@ -81,7 +81,7 @@ FULL = ("model.remat=full", "fit.tokens_per_step=512")
 CELLS = (
     Cell("qwen2.5-7b", "v5e", "2x2", ("mesh.tensor=2", "sample.rows=16", *FULL)),
     Cell("qwen2.5-7b", "v5p", "2x2x1"),
-    Cell("qwen2.5-7b", "v6e", "2x2", ("sample.rows=16",)),
+    Cell("qwen2.5-7b", "v6e", "2x2"),
     Cell("qwen2.5-7b", "tpu7x", "2x2x1"),
     Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "fit.slots=5", *FULL)),
     Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4", *FULL)),

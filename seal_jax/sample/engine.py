@@ -108,7 +108,7 @@ def cache_length(prompt: int, tokens: int) -> int:
     """The length of a cache for sequences of so many `tokens` at most, `prompt` tokens of prompt among them: one of a few, since each is a
     program, and the longest prompt is another one in each group of contexts."""
     room = max(padded_length(prompt), tokens)
-    part = min(max(LANES, power_of_two(room) // 8), 4 * LANES)
+    part = LANES if room <= 8 * LANES else 2 * LANES
     return -(-room // part) * part
 
 
