@@ -165,3 +165,18 @@ def test_a_new_task_is_a_new_package_and_nothing_else(tmp_path, monkeypatch):
     # Each task has its own keys.
     assert "unknown key 'task.prompt'" in refusal(lambda: config_lib.build({"task": {"name": "echo", "prompt": "facts"}}))
     assert "unknown key 'task.loudness'" in refusal(lambda: build("task.loudness=5"))
+
+
+@pytest.mark.parametrize(
+    ("rest_em", "evaluate", "edits"),
+    [
+        ({"group": 10, "contexts": 50, "edits": 5, "seeds": 3}, {"group": 10, "contexts": 4, "edits": 5, "seeds": 1}, 150),
+        (
+            {"group": 10, "contexts": 2, "edits": 5, "seeds": 1},
+            {"group": 10, "contexts": 50, "edits": 5, "seeds": 3},
+            180,
+        ),  # and the passage
+    ],
+)
+def test_the_most_edits_that_are_fitted_in_one_go(rest_em, evaluate, edits):
+    assert config_lib.build({"task": {"name": "knowledge"}, "rest_em": rest_em, "evaluate": evaluate}).largest_group == edits
