@@ -31,7 +31,7 @@ class ModelConfig:
     name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, a local folder of safetensors, or a GGUF file
     dtype: str = "auto"  # of the weights: "float32", "bfloat16"; auto: bfloat16 where it is fast, on accelerators and CPUs with AMX
     max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
-    remat: str = "none"  # recomputed backward: "none", "dots" (all but products), "full"; "auto": "none" in fits with room, else "full"
+    remat: str = "none"  # recomputed backward: "none", "dots" (all but products), "full"; "auto": in fits "none", in smaller steps if need be
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ class FitConfig:
     anchor: float = 0.0  # weight of half the squared L2 distance of all kernels from what they were before the edit
     orthogonal: float = 0.0  # weight of half the squared products of input directions with those of edits before, if any (O-LoRA)
     slots: int | None = None  # edits held at once by each device along mesh.edit; null: as many as fit into its memory
-    tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all the edits that it trains
+    tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all its edits; model.remat=auto may halve it twice
     lengths: list[int] = dataclasses.field(default_factory=lambda: list(LENGTHS))  # padded lengths; each used one is a compilation
 
 

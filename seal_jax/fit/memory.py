@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from seal_jax.errors import SealError
 from seal_jax.fit.engine import FitEngine
+from seal_jax.fit.plan import longest_step
 from seal_jax.parallel import compiler
 from seal_jax.parallel.cost import shard_bytes
 
@@ -26,6 +27,9 @@ CPU_SHARE = 0.5  # the same of a machine's main memory, which others use too
 TRIES = 8  # compilations at most
 SET = "set fit.slots to a number, and model.remat to none or full"  # what to do where nobody tells
 AUTO = ("none", "full")  # what `model.remat` "auto" is in fits: the faster one where it leaves room for enough slots
+# Token slots of a step, at least, for which it pays to make steps smaller rather than recompute: several times as many as a chip computes
+# with while it reads the weights (240 to 560 of the chips in `parallel.chips`).
+NARROW = 1024
 
 
 class Bytes(NamedTuple):
@@ -39,6 +43,13 @@ class Bytes(NamedTuple):
     @property
     def total(self) -> int:
         return sum(self)
+
+
+class Way(NamedTuple):
+    """How fits run."""
+
+    remat: str  # what the backward pass recomputes
+    tokens: int  # token slots a step
 
 
 class Fits(NamedTuple):
@@ -66,16 +77,18 @@ def refused_bytes(error: Exception) -> float | None:
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else math.inf
 
 
-def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: float, given: int | None = None) -> Fits | None:
-    """The largest K in [1, most] for which `bytes_of(K)`, about linear in K, is at most `limit`; or `given`, if it is one such. None: there
-    is none.
+def most_near(
+    bytes_of: Callable[[int], float], limit: float, most: int, slope: float, given: int | None = None, least: int = 1
+) -> Fits | None:
+    """The largest K in [least, most] for which `bytes_of(K)`, about linear in K, is at most `limit`; or `given`, if it is one such. None:
+    there is none.
 
     `bytes_of` is dear (it compiles): `most` is asked first, which is often enough, then what follows from `slope`, a guess of what one
     more takes, then from a line through the last two points. What is returned has been asked for.
     """
     if given is not None:
         return Fits(given, int(used)) if (used := bytes_of(given)) <= limit else None
-    good, bad, k, before, asked = Fits(0, 0), most + 1, most, None, 0
+    good, bad, k, before, asked = Fits(least - 1, 0), most + 1, most, None, 0
     while good.slots < k < bad and asked < TRIES:
         used, asked = bytes_of(k), asked + 1
         if used <= limit:
@@ -87,8 +100,8 @@ def most_near(bytes_of: Callable[[int], float], limit: float, most: int, slope: 
                 slope = (used - before[1]) / (k - before[0])
             before = k, used
         told = math.isfinite(used) and slope > 0
-        k = min(bad - 1, max(1, k + math.floor((limit - used) / slope))) if told else (good.slots + bad) // 2
-    return good if good.slots else None
+        k = min(bad - 1, max(least, k + math.floor((limit - used) / slope))) if told else (good.slots + bad) // 2
+    return good if good.bytes else None
 
 
 def largest_steps(engine: FitEngine, length: int, slots: int) -> list[int]:
@@ -149,6 +162,14 @@ def remats(remat: str) -> tuple[str, ...]:
     return AUTO if remat == "auto" else (remat,)
 
 
+def ways(remat: str, tokens: int) -> tuple[Way, ...]:
+    """How fits may run by the config's `model.remat` and `fit.tokens_per_step`, the fastest first: of "auto" without recomputing, in steps
+    as large, half or a quarter as large, and only then with it."""
+    if remat != "auto":
+        return (Way(remat, tokens),)
+    return *(Way(AUTO[0], tokens // part) for part in (1, 2, 4) if part == 1 or tokens // part >= NARROW), Way(AUTO[-1], tokens)
+
+
 def enough_slots(engine: FitEngine, edits: int) -> int:
     """The slots a shard without which steps would be too small for what not recomputing saves: a quarter of a full step's rows."""
     return max(1, engine.most_rows(min(engine.lengths), edits) // 4)
@@ -175,18 +196,24 @@ def slots_that_fit(
 
 
 def settle(
-    engines: Sequence[FitEngine], params: Any, length: int, edits: int, slots: int | None, *, held: int = 0
+    engines: Sequence[FitEngine], params: Any, longest: int, edits: int, slots: int | None, *, held: int = 0
 ) -> tuple[FitEngine, int]:
-    """Of `engines` that recompute ever more, the first that has room for enough slots, and how many: `slots`, or as many as fit.
+    """Of `engines` that need ever less memory, the first that has room for enough slots, and how many: `slots`, or as many as fit.
 
-    The rest as for `slots_that_fit`. The last of them need not have room for enough, nor for `slots`, which then are the caller's word.
+    `longest`: tokens of the longest sequence. The rest as for `slots_that_fit`. The last of them need not have room for enough, nor for
+    `slots`, which then are the caller's word.
     """
     limit = device_limit(engines[0].mesh)
     for engine in engines[:-1]:
-        found = most_near(_beside(engine, params, length, edits, held), limit, edits, 3 * adapter_bytes(engine), slots)
-        if found and found.slots >= (slots or enough_slots(engine, edits)):
+        bytes_of = _beside(engine, params, _length(engine, longest), edits, held)
+        least = min(edits, enough_slots(engine, edits))
+        if found := most_near(bytes_of, limit, edits, 3 * adapter_bytes(engine), slots, least):
             return engine, found.slots
-    return engines[-1], slots or slots_that_fit(engines[-1], params, length, edits, held=held)
+    return engines[-1], slots or slots_that_fit(engines[-1], params, _length(engines[-1], longest), edits, held=held)
+
+
+def _length(engine: FitEngine, longest: int) -> int:
+    return longest_step(longest, engine.lengths, engine.tokens_per_step, engine.batch_size)
 
 
 def _beside(engine: FitEngine, params: Any, length: int, edits: int, held: int) -> Callable[[int], float]:

@@ -28,14 +28,14 @@ def record(plan: Plan, config: RunConfig, model: str) -> dict[str, Any]:
         "device_memory": target.memory,
         "device_limit": target.limit,
         "fits": plan.fits,
-        "remat": plan.remat,
+        "remat": plan.way.remat,
         "slots": plan.slots,
         "slots_set": config.fit.slots is not None,
         "edits_per_shard": plan.edits,
         "programs": [program_record(p, target) for p in plan.programs],
         "edit": plan.an_edit(),
         "workload": dataclasses.asdict(plan.workload)
-        | {"epochs": config.fit.epochs, "answer_tokens": config.answer.max_tokens, "tokens_per_step": config.fit.tokens_per_step},
+        | {"epochs": config.fit.epochs, "answer_tokens": config.answer.max_tokens, "tokens_per_step": plan.way.tokens},
     }
 
 
@@ -103,7 +103,7 @@ def _summary(found: dict[str, Any]) -> list[str]:
     lines = [
         "fits: yes",
         f"best K: {counted(slots, 'slot')} a shard ({why}), {slots * found['mesh']['edit']} in all: "
-        f"fit.slots={slots} model.remat={found['remat']}",
+        f"fit.slots={slots} fit.tokens_per_step={found['workload']['tokens_per_step']} model.remat={found['remat']}",
         f"an edit: {edit['flops']:.3g} FLOP, {edit['bytes']:.3g} bytes as the compiler counts them, on all devices",
     ]
     if edit["seconds"] is None:

@@ -99,29 +99,28 @@ class Program:
 class Programs:
     """The programs of a run of `config` with a model of `spec`, on `mesh`; what they hold, and how often an edit needs them.
 
-    `remat`: what the backward pass of fits recomputes (default: the config's, of "auto" the fastest).
+    `way`: how fits run (default: as the config says, of "auto" the fastest).
     """
 
-    def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload, remat: str | None = None):
+    def __init__(self, config: RunConfig, spec: DecoderSpec, mesh: Mesh, workload: Workload, way: memory.Way | None = None):
         self.config, self.spec, self.mesh, self.workload = config, spec, mesh, workload
         self.shards = mesh_lib.shards(mesh)
         elsewhere = mesh.devices.flat[0].platform != "cpu"
         weights = jnp.dtype("bfloat16") if elsewhere and config.model.dtype == "auto" else resolve_dtype(config.model.dtype)
-        choices = memory.remats(config.model.remat)
-        self.remat = remat or choices[0]
-        self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), choices[-1])
+        self.way = way or memory.ways(config.model.remat, config.fit.tokens_per_step)[0]
+        self.decoder = Decoder(spec, weights if elsewhere else activation_dtype(weights), memory.remats(config.model.remat)[-1])
         self.params = mesh_lib.laid_out(abstract(spec, weights, mesh_lib.parameter_sharding(mesh)), mesh)
         self.weights = cost.shard_bytes(self.params)
         f = config.fit
-        options = {"tokens_per_step": f.tokens_per_step, "batch_size": f.batch_size, "lengths": f.lengths, "mesh": mesh}
-        self.fit_engine = FitEngine(self.decoder.clone(remat=self.remat), f.lora, slots=1, **options)
+        options = {"tokens_per_step": self.way.tokens, "batch_size": f.batch_size, "lengths": f.lengths, "mesh": mesh}
+        self.fit_engine = FitEngine(self.decoder.clone(remat=self.way.remat), f.lora, slots=1, **options)
         self.adapter = memory.adapter_bytes(self.fit_engine)
         self.answering = self.adapter * self.decoder.dtype.itemsize / 4  # bytes of an adapter while it answers
         r = config.rest_em
         self.edits = -(-min(r.group, r.contexts) * r.edits * r.seeds // self.shards)  # that a shard fits in one go
         self.fitted = -(-config.largest_group // self.shards)  # the most adapters that it has at once, of an evaluation perhaps
         self.fit_length = plan.padded_length(math.ceil(workload.tokens / workload.sequences), f.lengths)
-        self.longest = plan.longest_step(1, f.lengths, f.tokens_per_step, f.batch_size)
+        self.longest = plan.longest_step(1, f.lengths, self.way.tokens, f.batch_size)
 
     def fit(self, slots: int, length: int | None = None) -> Case:
         """A step of sequences of the usual length, or padded to `length` tokens."""
@@ -324,7 +323,7 @@ class Plan:
     mesh: dict[str, int]
     parameters: int
     dtype: str  # of the weights
-    remat: str  # of the fit: model.remat, or what "auto" is here
+    way: memory.Way  # how fits run: as the config says, or what "auto" is here
     slots: int  # a shard: fit.slots, or the most that fit; 0: not even one
     edits: int  # that a shard fits in one go: no more slots are of use
     programs: tuple[Program, ...]
@@ -356,10 +355,12 @@ def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[st
     Raises `SealError` for a mesh that does not fit the target.
     """
     mesh, workload = mesh_lib.make(config.mesh, target.devices), Workload()
-    for remat in memory.remats(config.model.remat):
-        programs = Programs(config, spec, mesh, workload, remat)
-        found, fit = _fit_within(programs, target.limit, say)
-        if found and (config.fit.slots or found.slots >= memory.enough_slots(programs.fit_engine, programs.edits)):
+    *others, last = memory.ways(config.model.remat, config.fit.tokens_per_step)
+    for way in (*others, last):
+        programs = Programs(config, spec, mesh, workload, way)
+        least = 1 if way is last else min(programs.edits, memory.enough_slots(programs.fit_engine, programs.edits))
+        found, fit = _fit_within(programs, target.limit, least, say)
+        if found:
             break
     done = [fit]
     for case in (programs.prefill(), programs.decode(), programs.m_step()):
@@ -368,15 +369,17 @@ def make(config: RunConfig, spec: DecoderSpec, target: Target, say: Callable[[st
     count = sum(math.prod(leaf.shape) for leaf in leaves(spec))
     dtype = str(jax.tree.leaves(programs.params)[0].dtype)
     slots = found.slots if found else 0
-    return Plan(target, workload, dict(mesh.shape), count, dtype, programs.remat, slots, programs.edits, tuple(done))
+    return Plan(target, workload, dict(mesh.shape), count, dtype, programs.way, slots, programs.edits, tuple(done))
 
 
-def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) -> tuple[memory.Fits | None, Program]:
-    """How many slots fit, and the usual step with so many, or with the fewest tried where none do, with the bytes of the largest."""
+def _fit_within(programs: Programs, limit: float, least: int, say: Callable[[str], None]) -> tuple[memory.Fits | None, Program]:
+    """How many slots fit, `least` or more, and the usual step with so many, with the bytes of the largest; where none do, that with the
+    fewest tried."""
     built: dict[int, dict[int, Program]] = {}  # by slots and length
 
     def bytes_of(slots: int) -> float:
-        say(f"compiling fit with {counted(slots, 'slot')} a shard, remat {programs.remat}")
+        way = programs.way
+        say(f"compiling fit with {counted(slots, 'slot')} a shard, steps of {way.tokens} tokens, remat {way.remat}")
         here = built[slots] = {}
         for length in memory.largest_steps(programs.fit_engine, programs.longest, slots):
             here[length] = build(programs.fit(slots, length), programs.mesh)
@@ -385,7 +388,7 @@ def _fit_within(programs: Programs, limit: float, say: Callable[[str], None]) ->
         return max(program.total for program in here.values())
 
     most, slots = programs.edits, programs.config.fit.slots
-    found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter, None if slots is None else min(slots, most))
+    found = memory.most_near(bytes_of, limit, most, 3 * programs.adapter, None if slots is None else min(slots, most), least)
     slots = found.slots if found else min(built)
     largest = max(built[slots].values(), key=lambda program: program.total)
     if largest.work is None:

@@ -76,7 +76,7 @@ class Policy:
     def __init__(self, model: Model, config: RunConfig, mesh: Mesh | None = None):
         self.config, self.mesh = config, mesh or mesh_lib.single()
         self.beside = 0  # bytes a device that another model is going to take
-        self._settled: dict[tuple[int, int, int], tuple[str, int]] = {}
+        self._settled: dict[tuple[int, int, int], tuple[memory.Way, int]] = {}
         self._peak = chips.peak(self.mesh.devices.flat)
         self.tokenizer: Tokenizer = model.tokenizer
         self.params = mesh_lib.laid_out(model.params, self.mesh)
@@ -204,20 +204,20 @@ class Policy:
 
     # --- slots and jobs ---------------------------------------------------------------------------------------------
 
-    def _engine(self, remat: str, slots: int) -> FitEngine:
-        c, decoder = self.config.fit, self.decoder.clone(remat=remat)
-        options = {"tokens_per_step": c.tokens_per_step, "batch_size": c.batch_size, "lengths": tuple(c.lengths), "mesh": self.mesh}
+    def _engine(self, way: memory.Way, slots: int) -> FitEngine:
+        c, decoder = self.config.fit, self.decoder.clone(remat=way.remat)
+        options = {"tokens_per_step": way.tokens, "batch_size": c.batch_size, "lengths": tuple(c.lengths), "mesh": self.mesh}
         return FitEngine(decoder, c.lora, slots=slots, **options)
 
-    def _settle(self, jobs: Sequence[FitJob], held: Any) -> tuple[str, int]:
-        """What the backward pass recomputes, and the slots a shard: what the config leaves open is asked of the compiler, for the longest
+    def _settle(self, jobs: Sequence[FitJob], held: Any) -> tuple[memory.Way, int]:
+        """How the fits run, and the slots a shard: what the config leaves open is asked of the compiler, for the longest
         sequences and the most edits that come up, so that few questions serve a run and its groups share their programs."""
-        choices = memory.remats(self.config.model.remat)
-        if not jobs or (len(choices) == 1 and self.config.fit.slots):
-            return choices[-1], self.config.fit.slots or 1
         c, shards = self.config.fit, mesh_lib.shards(self.mesh)
+        choices = memory.ways(self.config.model.remat, c.tokens_per_step)
+        if not jobs or (len(choices) == 1 and c.slots):
+            return choices[-1], c.slots or 1
         longest = max(len(s.ids) - 1 for job in jobs for s in job.sequences)
-        length = longest_step(longest, tuple(c.lengths), c.tokens_per_step, c.batch_size)
+        length = longest_step(longest, tuple(c.lengths), min(way.tokens for way in choices), c.batch_size)
         edits, beside = 8 * -(-max(len(jobs), self.config.largest_group) // (8 * shards)), self.beside
         if held is not None:  # each row of a step has a copy of the one that it stands on
             rows = min(edits, max(1, c.tokens_per_step // (c.lengths[0] * c.batch_size)))
@@ -228,9 +228,9 @@ class Policy:
                 return found
         engines = [self._engine(each, 1) for each in choices]
         engine, slots = memory.settle(engines, self.params, length, edits, c.slots, held=beside)
-        remat, slots = processes.share([engine.decoder.remat, slots])
-        self._settled[asked] = remat, slots
-        return remat, slots
+        remat, tokens, slots = processes.share([engine.decoder.remat, engine.tokens_per_step, slots])
+        self._settled[asked] = memory.Way(remat, tokens), slots
+        return self._settled[asked]
 
     def _fit_config(self, training: TrainingSet) -> FitConfig:
         return dataclasses.replace(self.config.fit, **training.fit)

@@ -74,6 +74,41 @@ def test_nothing_fits_or_nothing_grows():
     assert memory.most_near(lambda k: 10.0, 15.0, 1, 1.0).slots == 1
 
 
+def test_a_number_too_small_to_be_of_use_is_not_looked_for():
+    asked = []
+    used = lambda k: asked.append(k) or 100 + 10 * k  # noqa: E731
+    assert memory.most_near(used, 250, 200, 10.0, least=20) is None and asked == [200, 20]
+    assert memory.most_near(used, 350, 200, 10.0, least=20).slots == 25
+    assert memory.most_near(lambda k: math.inf, 350, 200, 10.0, least=20) is None
+    assert memory.most_near(lambda k: 10.0 * k, 350, 7, 10.0, least=7).slots == 7
+
+
+def test_ways_of_fitting_from_the_fastest_on():
+    assert memory.ways("dots", 4096) == (("dots", 4096),)
+    assert memory.ways("auto", 4096) == (("none", 4096), ("none", 2048), ("none", 1024), ("full", 4096))
+    assert memory.ways("auto", 512) == (("none", 512), ("full", 512)), "smaller steps would be too small"
+
+
+def test_smaller_steps_come_before_recomputing(fit, monkeypatch):
+    """By made-up memories: a token of a step takes 10 bytes if nothing is recomputed, and 2 otherwise."""
+    engine, params = fit
+    options = {"slots": 1, "lengths": (16, 64, 256), "mesh": engine.mesh}
+    lora = LoraConfig(4, 8.0, ["q_proj"])
+    engines = [
+        FitEngine(Decoder(SPEC, remat=remat), lora, tokens_per_step=tokens, **options) for remat, tokens in memory.ways("auto", 4096)
+    ]
+    each = {"none": 10, "full": 2}
+    step = lambda engine, _, length, slots: each[engine.decoder.remat] * max(length, min(engine.tokens_per_step, slots * length))  # noqa: E731
+    monkeypatch.setattr(memory, "step_bytes", step)
+    monkeypatch.setattr(memory, "adapter_bytes", lambda engine: 0)
+    for limit, longest, way in ((41_000, 100, engines[0]), (40_000, 100, engines[1]), (20_000, 100, engines[2]), (10_000, 100, engines[3])):
+        monkeypatch.setattr(memory, "device_limit", lambda mesh: limit)  # noqa: B023
+        assert memory.settle(engines, params, longest, 64, None)[0] is way
+    monkeypatch.setattr(memory, "device_limit", lambda mesh: 15_000)
+    assert memory.settle(engines, params, 100, 64, None)[0] is engines[2]
+    assert memory.settle(engines, params, 2000, 64, None)[0] is engines[3], "one sequence of 2,048 tokens is larger than such a step"
+
+
 @pytest.mark.parametrize(
     ("text", "used"),
     [

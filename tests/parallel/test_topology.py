@@ -177,12 +177,12 @@ def test_what_fits_recompute_follows_from_the_memory(settings):
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat="auto"))
     said = []
     roomy = topology.make(settings, from_hf(SPEC), target, said.append)
-    assert (roomy.remat, roomy.slots) == ("none", roomy.edits) and not any("remat full" in line for line in said)
+    assert (roomy.way.remat, roomy.slots) == ("none", roomy.edits) and not any("remat full" in line for line in said)
     settings = dataclasses.replace(settings, fit=dataclasses.replace(settings.fit, slots=roomy.slots))
     limit = roomy.programs[0].total - 1
     narrow = topology.make(settings, from_hf(SPEC), dataclasses.replace(target, limit=limit), said.append)
     fit, m_step = narrow.programs[0], narrow.programs[-1]
-    assert (narrow.remat, narrow.slots) == ("full", roomy.slots) and fit.total <= limit
+    assert (narrow.way.remat, narrow.slots) == ("full", roomy.slots) and fit.total <= limit
     assert fit.total < roomy.programs[0].total and fit.work.flops > 1.2 * roomy.programs[0].work.flops
     assert m_step.work.flops == roomy.programs[-1].work.flops, "which recomputes in both"
 

@@ -189,8 +189,8 @@ def test_what_fits_recompute_follows_from_the_memory(model, policy, monkeypatch)
         (4, 4008.0, ("none", 4), [("none", 4)]),
         (4, 4007.0, ("full", 4), [("none", 4)]),
         (None, 8008.0, ("none", 8), [("none", 8)]),
-        (None, 6508.0, ("none", 6), [("none", 8), ("none", 1), ("none", 6)]),
-        (None, 2007.0, ("full", 8), [("none", 8), ("none", 1), ("full", 8)]),
+        (None, 6508.0, ("none", 6), [("none", 8), ("none", 2), ("none", 6)]),
+        (None, 2007.0, ("full", 8), [("none", 8), ("none", 2), ("full", 8)]),
     ):
         monkeypatch.setattr(memory, "device_limit", lambda mesh: limit)  # noqa: B023
         asked.clear()
