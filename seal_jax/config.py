@@ -31,7 +31,7 @@ class ModelConfig:
     name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, a local folder of safetensors, or a GGUF file
     dtype: str = "auto"  # of the weights: "float32", "bfloat16"; auto: bfloat16 where it is fast, on accelerators and CPUs with AMX
     max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
-    remat: str = "none"  # recomputed backward: "none", "dots" (all but products), "full"; "auto": in fits "none", in smaller steps if need be
+    remat: str = "none"  # recomputed backward: "none", "dots" (not products), "full"; "auto": in fits "none", perhaps in smaller steps
 
 
 @dataclasses.dataclass
