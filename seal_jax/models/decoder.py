@@ -11,6 +11,7 @@ S cache positions.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -62,12 +63,14 @@ def filled(entries: Entries) -> Cache:
     return Cache(entries.k.transpose(0, 1, 3, 4, 2), entries.v.swapaxes(2, 3))
 
 
-def written(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
+def written(cache: Cache, entries: Entries, positions: jax.Array, by_head: bool = False) -> Cache:
     """`cache` [N, E, B, ...] with the `entries` [N, E, B, 1, G, h] of one token a row, at `positions` [E, B].
 
-    A position past the cache's end is that of a row that is done, whose entries no one reads: none is written, or its last one.
+    A position past the cache's end is that of a row that is done, whose entries no one reads: none is written, or its last one. `by_head`:
+    see `_as_it_lies`.
     """
-    return jax.lax.platform_dependent(cache, entries, positions, tpu=_written_by_rows, default=_written_at_once)
+    by_rows = functools.partial(_written_by_rows, by_head)
+    return jax.lax.platform_dependent(cache, entries, positions, tpu=by_rows, default=_written_at_once)
 
 
 def _written_at_once(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
@@ -80,7 +83,7 @@ def _written_at_once(cache: Cache, entries: Entries, positions: jax.Array) -> Ca
     )
 
 
-def _written_by_rows(cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
+def _written_by_rows(by_head: bool, cache: Cache, entries: Entries, positions: jax.Array) -> Cache:
     """Row by row. For one scatter of them all XLA for TPUs lays the whole cache out anew, and back, and then copies each layer's part out
     of it before it can read that: of 14 GiB of caches it held two, and moved each token three times what it read.
     """
@@ -91,15 +94,24 @@ def _written_by_rows(cache: Cache, entries: Entries, positions: jax.Array) -> Ca
         k, v = own(entries.k, cache.k).transpose(0, 1, 2, 4, 5, 3), own(entries.v, cache.v).swapaxes(3, 4)
         k = jax.lax.dynamic_update_slice(cache.k, k, (0, e, b, 0, 0, positions[e, b]))
         v = jax.lax.dynamic_update_slice(cache.v, v, (0, e, b, 0, positions[e, b], 0))
-        return jax.tree.map(_as_it_lies, Cache(k, v))
+        return _as_it_lies(Cache(k, v), by_head)
 
-    return jax.lax.fori_loop(0, positions.size, one, jax.tree.map(_as_it_lies, cache))
+    return jax.lax.fori_loop(0, positions.size, one, _as_it_lies(cache, by_head))
 
 
-def _as_it_lies(x: jax.Array) -> jax.Array:
-    """Keys or values of a cache, kept to the layout that a TPU gives them: of the last two axes, the one that fills its lanes last."""
-    order = tuple(range(x.ndim))
-    return with_layout_constraint(x, Layout(order if x.shape[-1] % LANES == 0 else (*order[:-2], order[-1], order[-2])))
+def _as_it_lies(cache: Cache, by_head: bool) -> Cache:
+    """A cache kept to the layout that a TPU gives it: of the last two axes of keys or values, the one that fills its lanes last.
+
+    `by_head`: that of a head's numbers, if it does, of keys as of values. Some TPUs write along the lanes in tiles of another size than
+    they read, and would lay all keys out anew, and back, for each row's token; so they do once a call.
+    """
+
+    def one(x: jax.Array, head: int) -> jax.Array:
+        order = tuple(range(x.ndim))
+        last = head if by_head and x.shape[head] % LANES == 0 else -1 if x.shape[-1] % LANES == 0 else -2
+        return with_layout_constraint(x, Layout(order if last == -1 else (*order[:-2], order[-1], order[-2])))
+
+    return Cache(one(cache.k, -2), one(cache.v, -1))
 
 
 def rope_frequencies(spec: DecoderSpec) -> np.ndarray:

@@ -33,8 +33,8 @@ SHARED = ("tensor", "fsdp")  # what shares a model too large for one device
 EDITS = P("edit")  # a leading axis dealt out over the shards
 CACHES = P(None, "edit")  # caches [N, E, ...]
 EVERYWHERE = P()
-# How the matrix units of a chip read kernels in bfloat16, where that is not how XLA lays arrays out by itself: it would lay all of them out
-# anew, beside the old, in every call (seen with libtpu 0.0.52).
+# How the matrix units of a chip read arrays in bfloat16, where that is not how XLA lays them out by itself: it would lay all kernels, and
+# caches, out anew, beside the old, in every call (seen with libtpu 0.0.52).
 TILINGS: dict[str, tuple[tuple[int, ...], ...]] = {"TPU7x": ((16, 128), (2, 1))}
 
 # A kernel [N, in, out] by what its projection reads and writes; biases [N, out] follow the last axis.
@@ -103,16 +103,21 @@ def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: parameter_sharding(mesh)(tuple(k.key for k in path), x.shape), tree)
 
 
+def tiling(mesh: Mesh) -> tuple[tuple[int, ...], ...] | None:
+    """How large arrays in bfloat16 are tiled in the memory of the devices of `mesh`; None: as XLA does by itself."""
+    return TILINGS.get(mesh.devices.flat[0].device_kind)
+
+
 def laid_out(params: Any, mesh: Mesh) -> Any:
     """The parameters (consumed), or their shapes, with the kernels in memory as the devices of `mesh` read them. A model shared by several
     devices stays as it is: XLA's partitioner drops the layout of what it cuts."""
     shared = any(mesh.shape[axis] > 1 for axis in SHARED)
-    tiling = None if shared else TILINGS.get(mesh.devices.flat[0].device_kind)
+    tiles = None if shared else tiling(mesh)
 
     def one(path: tuple[Any, ...], x: Any) -> Any:
-        if tiling is None or path[-1].key != "kernel" or x.dtype != jnp.bfloat16:
+        if tiles is None or path[-1].key != "kernel" or x.dtype != jnp.bfloat16:
             return x
-        where = Format(Layout(tuple(range(x.ndim)), tiling), x.sharding)
+        where = Format(Layout(tuple(range(x.ndim)), tiles), x.sharding)
         if isinstance(x, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
         return jax.device_put(x, where, donate=True)

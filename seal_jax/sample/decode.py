@@ -237,13 +237,21 @@ def decode(
 ) -> Rows:
     """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are, unless
     heads are cut: what a device then sends to another may be a matter of all of them, so that the shards end together."""
-    shard = functools.partial(_decode, decoder, stop, mesh_lib.cuts_heads(mesh, decoder.spec))
+    shard = functools.partial(_decode, decoder, stop, mesh_lib.cuts_heads(mesh, decoder.spec), mesh_lib.tiling(mesh) is not None)
     deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, ROWS, EVERYWHERE, EVERYWHERE), ROWS)
     return _placed(deal(params, lora, rows, steps, guide), mesh)
 
 
 def _decode(
-    decoder: Decoder, stop: tuple[int, ...], together: bool, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None
+    decoder: Decoder,
+    stop: tuple[int, ...],
+    together: bool,
+    by_head: bool,
+    params: Any,
+    lora: Any,
+    rows: Rows,
+    steps: jax.Array,
+    guide: Guide | None,
 ) -> Rows:
     def one(rows: Rows) -> Rows:
         def hidden_of(lora: Any, last: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Entries]:
@@ -259,7 +267,7 @@ def _decode(
         place = jnp.where(rows.done, rows.out.shape[-1], rows.drawn)
         live = (~rows.done).astype(jnp.int32)
         return rows._replace(
-            cache=written(rows.cache, entries, rows.position),
+            cache=written(rows.cache, entries, rows.position, by_head),
             last=token,
             position=rows.position + live,
             drawn=rows.drawn + live,

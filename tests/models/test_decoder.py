@@ -46,8 +46,8 @@ def test_entries_are_written_alike_at_once_and_row_by_row():
     cache = Cache(draw(0, 3, 2, 4, 2, 8, 128), draw(1, 3, 2, 4, 2, 128, 8))
     entries = Entries(draw(2, 3, 2, 4, 1, 2, 8), draw(3, 3, 2, 4, 1, 2, 8))
     positions = jnp.asarray([[0, 5, 127, 5], [17, 1, 2, 126]])
-    at_once, by_rows = jax.jit(decoder._written_at_once), jax.jit(decoder._written_by_rows)
-    want, found = at_once(cache, entries, positions), by_rows(cache, entries, positions)
+    at_once, by_rows = jax.jit(decoder._written_at_once), jax.jit(decoder._written_by_rows, static_argnums=0)
+    want, found = at_once(cache, entries, positions), by_rows(False, cache, entries, positions)
     np.testing.assert_array_equal(found.k, want.k)
     np.testing.assert_array_equal(found.v, want.v)
     assert np.count_nonzero(np.asarray(found.v) != np.asarray(cache.v)) == entries.v.size

@@ -268,6 +268,17 @@ def test_caches_are_decoded_where_they_lie(settings, width, shared):
 
 
 @needs_libtpu
+def test_keys_are_laid_out_anew_once_a_call_at_most(settings):
+    """A TPU v7x did so for each row's token, and held all the cache twice; now the keys alone, between the calls' layout and the loops'."""
+    mesh = mesh_lib.make(settings.mesh, targets.named("tpu7x:2x2x1").devices)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, dtype="bfloat16"))
+    spec = dataclasses.replace(from_hf(SPEC), head_dim=128)
+    case = topology.Programs(settings, spec, mesh, topology.Workload()).write()
+    program = topology.build(case, mesh)
+    assert case.kinds["caches"] > 2**25 and program.bytes["temporaries"] < 0.6 * case.kinds["caches"]
+
+
+@needs_libtpu
 def test_a_model_that_is_too_large_does_not_fit(settings):
     """What the compiler refuses is an answer, not a failure."""
     target = targets.named("v5e:2x2")
