@@ -83,8 +83,8 @@ def most_near(
     """The largest K in [least, most] for which `bytes_of(K)`, about linear in K, is at most `limit`; or `given`, if it is one such. None:
     there is none.
 
-    `bytes_of` is dear (it compiles): `most` is asked first, which is often enough, then what follows from `slope`, a guess of what one
-    more takes, then from a line through the last two points. What is returned has been asked for.
+    `bytes_of` is dear (it compiles): `most` is asked first, which is often enough, then `least`, if that is more than 1, then what follows
+    from `slope`, a guess of what one more takes, or from a line through the last two points. What is returned has been asked for.
     """
     if given is not None:
         return Fits(given, int(used)) if (used := bytes_of(given)) <= limit else None
@@ -100,7 +100,9 @@ def most_near(
                 slope = (used - before[1]) / (k - before[0])
             before = k, used
         told = math.isfinite(used) and slope > 0
-        k = min(bad - 1, max(least, k + math.floor((limit - used) / slope))) if told else (good.slots + bad) // 2
+        near = k + math.floor((limit - used) / slope) if told else (good.slots + bad) // 2
+        # Whether the least fits is worth knowing first: often nothing that would be of use does.
+        k = least if bad == most and not good.bytes and least > 1 else min(bad - 1, max(least, near))
     return good if good.bytes else None
 
 
