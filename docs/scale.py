@@ -200,10 +200,11 @@ B memory bandwidth, I interconnect.
 
 {replicas}
 
-`sample.rows=16` where 32 self-edits of up to 8192 tokens left no room: these programs are of 2026-11-23, when decoding still kept a second
-copy of its caches ([performance.md](performance.md)), and fits more temporaries; `rest_em.group` so that a replica of the 70B holds 15 or
-30 adapters; `model.remat=full` and steps of 512 tokens for v5e, where that left room for more slots, and for the 70B, for which the
-config's `auto` and 4,096 were not compiled; `fit.slots=5` for the 70B on v5e, where 7 did not fit.
+The 7B on v5p, v6e and tpu7x was compiled on 2026-11-26; the other plans are of 2026-11-23, when decoding still kept a second copy of its
+caches ([performance.md](performance.md)), fits more temporaries, and plans counted fitted adapters twice where they answer: hence
+`sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room, and `model.remat=full` with steps of 512 tokens for v5e, where that
+left room for more slots, and for the 70B, for which the config's `auto` and 4,096 were not compiled. `rest_em.group` so that a replica of
+the 70B holds 15 or 30 adapters; `fit.slots=5` for the 70B on v5e, where 7 did not fit.
 
 {models}
 
