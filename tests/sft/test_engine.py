@@ -133,7 +133,9 @@ def test_all_weights_equal_transformers_and_torch(tiny, family):
             one, old = (ours[i], before[i]) if leaf.stacked else (ours, before)
             theirs = state[name].T if leaf.transposed else state[name]
             gap = np.abs(one - theirs)
-            assert np.quantile(gap, 0.99) <= 1e-5 and gap.max() <= 1e-4, name
+            # A bias of keys moves no attention, so that its gradient is rounding, of which Adam makes whole steps.
+            most = 5e-5 if name.endswith("k_proj.bias") else 1e-5
+            assert np.quantile(gap, 0.99) <= most and gap.max() <= 1e-4, name
             assert np.abs(theirs - old).max() > 1e-3, name
 
 
