@@ -49,6 +49,7 @@ def module(tmp_path, monkeypatch):
         for number in range(count):
             root = tmp_path / f"host{number}"
             (root / "seal_jax").mkdir(parents=True, exist_ok=True)
+            (root / "seal_jax" / "__init__.py").touch()
             (root / "seal_jax" / "cli.py").write_text(SEAL)
             before = os.getcwd()
             host = Host(str(root), folder)
