@@ -210,6 +210,7 @@ class GradeConfig:
     concurrency: int = 16  # endpoint: calls in flight
     retries: int = 5  # endpoint: tries after the first, with back-off
     timeout: float = 30.0  # endpoint: seconds a try
+    patience: float = 600.0  # endpoint: seconds that a server which answers nobody is waited for; then the run stops. 0: no waiting
     cache: str | None = None  # endpoint: folder of the reply cache; default in the user's cache folder
 
 

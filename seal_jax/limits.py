@@ -89,6 +89,7 @@ AT_LEAST = {
     "executor.retries": 0,
     "grade.concurrency": 1,
     "grade.retries": 0,
+    "grade.patience": 0,
     "seed": 0,
 }
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

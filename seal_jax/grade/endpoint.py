@@ -4,7 +4,9 @@ The calls of a batch run concurrently. What went wrong decides what follows:
 - no answer in time, a lost connection, status 408, 409, 429 or 5xx, or a reply that is no chat completion: tried again after a growing
   pause with jitter (or the pause that the server asks for);
 - another 4xx, an empty reply, or one without a yes or a no: this item is ungraded, as is one whose tries are used up;
-- a refused key (401, 403) or an unknown model or address (404): nothing could ever be graded, so the run stops with `SealError`.
+- an outage, which is when nobody gets a reply (no connection, 429, 502, 503, 504): it is waited for, `grade.patience` seconds, so that a
+  server which is started anew costs time and no verdict. Then the run stops with `SealError`, and may go on later;
+- a refused key (401, 403) or an unknown model or address (404): nothing could ever be graded, so the run stops too.
 A thread makes the calls: whoever asked may go on with other work (`EndpointGrader.begin`).
 
 A run asks once for nothing, before it computes anything (`check`): a server that is not there, or refuses that, is an error too, which
@@ -16,13 +18,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import random
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -42,6 +47,8 @@ MAX_TOKENS = 512  # bounds a model that talks on; one that obeys says a single w
 FIRST_PAUSE = 0.5  # seconds before the second try; doubles from try to try
 LONGEST_PAUSE = 30.0  # seconds
 RETRIED = (408, 409, 429)  # and 5xx
+AWAY = (429, 502, 503, 504)  # those of them that no prompt is to blame for
+OUTAGES = 3  # that one prompt may meet: it may be what brings the server down
 CONNECTIONS = 3  # tries of `check` to reach the server
 PROBE = GradeItem("Colours", "Which colour is a ripe tomato?", "red", "red")
 
@@ -51,18 +58,23 @@ class _Failed:
     """Why a prompt stays without a usable reply."""
 
     reason: str
+    away: bool = False  # the server is to blame, no prompt
 
 
 class _TryAgain(Exception):
-    """This try failed in a way that may pass. `pause` is the server's own wish in seconds, if it has one."""
+    """This try failed in a way that may pass. `pause` is the server's own wish in seconds, if it has one. `away`: no prompt is to blame."""
 
-    def __init__(self, reason: str, pause: float | None = None):
+    def __init__(self, reason: str, pause: float | None = None, away: bool = False):
         super().__init__(reason)
         self.pause = pause
+        self.away = away
 
 
 class _NoConnection(_TryAgain):
     """There is no server at that address, or it hung up."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason, away=True)
 
 
 class EndpointGrader:
@@ -83,6 +95,8 @@ class EndpointGrader:
         self.concurrency = config.concurrency
         self.retries = config.retries
         self.timeout = config.timeout
+        self.patience = config.patience
+        self._back = -math.inf  # when the last outage ended, by `time.monotonic`
         self._key = os.environ.get("OPENAI_API_KEY") or ""
         if not self._key:
             if self.base_url == DEFAULT_URL:
@@ -158,6 +172,7 @@ class EndpointGrader:
         """A usable reply, or why there is none, for each prompt; at most `concurrency` in flight."""
         replies: dict[str, str | _Failed] = {}
         todo = iter(prompts)
+        self._waiting = asyncio.Lock()  # of this event loop
         async with self._client() as client:
 
             async def work() -> None:
@@ -177,14 +192,22 @@ class EndpointGrader:
         return replies
 
     async def _ask(self, client: openai.AsyncOpenAI, prompt: str) -> str | _Failed:
-        """One prompt through all its tries."""
+        """One prompt through all its tries, and anew after an outage."""
+        for _ in range(1 + OUTAGES):
+            asked = time.monotonic()
+            reply = await self._tries(client, prompt)
+            if isinstance(reply, str) or not reply.away or not await self._outlasted(client, asked, reply.reason):
+                break
+        return reply
+
+    async def _tries(self, client: openai.AsyncOpenAI, prompt: str) -> str | _Failed:
         for attempt in range(self.retries + 1):
             try:
                 text = await self._try_once(client, prompt)
             except _TryAgain as problem:
                 if attempt == self.retries:
                     tries = f"{attempt + 1} tries" if attempt else "1 try"
-                    return _Failed(f"{problem} ({tries})")
+                    return _Failed(f"{problem} ({tries})", problem.away)
                 pause = FIRST_PAUSE * 2**attempt if problem.pause is None else problem.pause
                 # Jitter spreads the calls that failed together.
                 await asyncio.sleep(min(pause, LONGEST_PAUSE) * random.uniform(0.75, 1.25))
@@ -195,6 +218,41 @@ class EndpointGrader:
                     return _Failed(f"no yes or no in the reply {_short(text)!r}")
                 return text
         raise AssertionError("unreachable: the last try returns")
+
+    async def _outlasted(self, client: openai.AsyncOpenAI, asked: float, reason: str) -> bool:
+        """Waits for a server that answers nobody; whether that is what became of a prompt first tried at `asked`, by `time.monotonic`.
+
+        Raises `SealError` if the server is away for longer than `patience`.
+        """
+        if not self.patience:
+            return False
+        async with self._waiting:  # one asks for all
+            began = time.monotonic()
+            for attempt in itertools.count():
+                if self._back >= asked or await self._answers(client):
+                    break
+                if attempt == 0:
+                    log.warning("%s answers nobody (%s); waiting for it, at most %g s", self.base_url, reason, self.patience)
+                if (waited := time.monotonic() - began) > self.patience:
+                    raise SealError(
+                        f"{self.base_url}: has answered nobody for {waited:.0f} s ({reason}); see to the server, and give the same command "
+                        "again (grade.patience: how long it is waited for)"
+                    )
+                await asyncio.sleep(min(FIRST_PAUSE * 2 ** min(attempt, 10), LONGEST_PAUSE, self.patience))
+            if attempt:
+                self._back = time.monotonic()
+                log.warning("%s answers again, after %.0f s", self.base_url, self._back - began)
+        return self._back >= asked
+
+    async def _answers(self, client: openai.AsyncOpenAI) -> bool:
+        """Whether the server takes a question that nothing is wrong with, whatever it makes of it."""
+        try:
+            await self._try_once(client, item_prompt(PROBE))
+        except _TryAgain as problem:
+            return not problem.away
+        except openai.APIStatusError:
+            return True
+        return True
 
     async def _try_once(self, client: openai.AsyncOpenAI, prompt: str) -> str:
         """The text of one reply. Raises `_TryAgain`, `SealError` (stop all) or `openai.APIStatusError` (give this prompt up)."""
@@ -220,7 +278,7 @@ class EndpointGrader:
                     "check grade.model and grade.base_url"
                 ) from None
             if status in RETRIED or status >= 500:
-                raise _TryAgain(f"status {status}: {_message(error)}", _retry_after(error)) from None
+                raise _TryAgain(f"status {status}: {_message(error)}", _retry_after(error), status in AWAY) from None
             raise
         except (openai.OpenAIError, ValueError) as error:  # a body that is not JSON, or JSON of another form
             raise _TryAgain(f"not a chat completion: {_short(str(error))}") from None

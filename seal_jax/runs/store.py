@@ -56,7 +56,7 @@ Result = dict[str, Any] | Callable[[], dict[str, Any]]  # of a unit, or what wai
 # speed: by the rule that no result depends on its neighbours, slots or devices, the latter move results by rounding only.
 FREE_KEYS = (
     *("name", "run_dir", "track.*"),
-    *("grade.concurrency", "grade.retries", "grade.timeout", "grade.cache"),
+    *("grade.concurrency", "grade.retries", "grade.timeout", "grade.patience", "grade.cache"),
     *("model.remat", "mesh.*", "fit.slots", "fit.tokens_per_step", "sample.rows", "answer.rows"),
     "executor.*",
     *("m_step.microbatch", "m_step.row_length"),

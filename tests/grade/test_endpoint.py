@@ -254,7 +254,7 @@ def test_passing_trouble_is_tried_again(serve, grader, trouble, caplog):
 )
 def test_lasting_trouble_is_ungraded_counted_and_not_cached(serve, grader, caplog, trouble, reason):
     server = serve(lambda *_: trouble)
-    g = grader(server, retries=1)
+    g = grader(server, retries=1, patience=0.0)
     with caplog.at_level(logging.WARNING):
         assert g.grade([item("red"), item("blue"), item("")]) == [None, None, False]
     assert len(server.bodies) == 4 and g.failures == 2
@@ -262,6 +262,37 @@ def test_lasting_trouble_is_ungraded_counted_and_not_cached(serve, grader, caplo
     assert "2 of 3 answers stay ungraded" in record.getMessage() and reason in record.getMessage()
     server.script = lambda *_: "yes"
     assert g.grade([item("red")]) == [True]
+
+
+@pytest.mark.parametrize("trouble", ["CLOSE", (429, {}), (502, {}), (503, b"<html>busy</html>"), (504, {})], ids=str)
+def test_an_outage_is_waited_for(serve, grader, caplog, trouble):
+    server = serve(lambda number, _: trouble if number < 9 else "yes")  # no more than four at once
+    g = grader(server, retries=0)
+    assert g.grade([item(str(i)) for i in range(6)]) == [True] * 6
+    assert g.failures == 0 and len(server.bodies) <= 24
+    gone, back = caplog.messages
+    assert f"{server.url} answers nobody" in gone and "at most 600 s" in gone and "answers again, after" in back
+
+
+def test_an_outage_that_lasts_stops_the_run(serve, grader):
+    server = serve(lambda number, _: "yes" if number < 3 else "CLOSE")
+    items = [item(str(i)) for i in range(9)]
+    with pytest.raises(
+        SealError,
+        match=rf"{server.url}: has answered nobody for \d+ s \(connection failed: .*give the same command again \(grade.patience: ",
+    ) as error:
+        grader(server, retries=0, concurrency=1, patience=0.3).grade(items)
+    assert "\n" not in str(error.value)
+    server.script = lambda *_: "no"
+    assert grader(server).grade(items) == [True] * 3 + [False] * 6
+
+
+@pytest.mark.parametrize("others", [["blue"], []], ids=["others get replies", "nobody else asks"])
+def test_a_prompt_that_the_server_hangs_up_on_is_no_outage(serve, grader, caplog, others):
+    server = serve(lambda _, body: "CLOSE" if "Student answer: green\n" in body["messages"][0]["content"] else "yes")
+    g = grader(server, retries=1)
+    assert g.grade([item("green"), *map(item, others)]) == [None] + [True] * len(others)
+    assert g.failures == 1 and "connection failed" in caplog.text and "answers nobody" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -402,7 +433,7 @@ def test_works_inside_a_running_loop(serve, grader):
 def test_nothing_listens(grader, caplog):
     server = Server(lambda *_: "yes")
     server.stop()
-    g = grader(server, retries=1)
+    g = grader(server, retries=1, patience=0.0)
     assert g.grade([item()]) == [None]
     assert "connection failed" in caplog.text and g.requests == 2
 
