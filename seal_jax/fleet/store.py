@@ -53,20 +53,32 @@ class WorkerStore:
         return self._all(names, compute, None)
 
     def _all(self, names: Sequence[str], compute: Callable[[str], Result], beside: str | None) -> list[dict[str, Any]]:
+        late: tuple[str, Result, float] | None = None  # a unit whose result is still to be waited for
         while not (told := self._asked("claim", self.name, list(names), beside)).get("whole"):
             if "lost" in told:
                 raise Lost(self.name)
-            if "compute" not in told:
+            if "compute" not in told and late is None:
                 self._pause(WAIT)
                 continue
-            self._unit, start = told["compute"], time.monotonic()
-            result = compute(self._unit)
-            if callable(result):
-                result = result()
-            if not self._asked("keep", self.name, self._unit, result if processes.first() else None, time.monotonic() - start):
-                raise Lost(self._unit)
-            self._unit = None
+            before, late = late, None
+            if "compute" in told:
+                self._unit, start = told["compute"], time.monotonic()
+                result = compute(self._unit)
+                late = (self._unit, result, time.monotonic() - start)
+                self._unit = None
+            if before is not None:
+                self._hand_in(*before)
+            if late is not None and not callable(late[1]):
+                self._hand_in(*late)
+                late = None
         return [self.read(name) for name in names]
+
+    def _hand_in(self, name: str, result: Result, seconds: float) -> None:
+        """The result of a unit that this worker has claimed, when it is there. `seconds`: what it has taken so far."""
+        start = time.monotonic()
+        whole = result() if callable(result) else result
+        if not self._asked("keep", self.name, name, whole if processes.first() else None, seconds + time.monotonic() - start):
+            raise Lost(name)
 
     def keep(self, name: str, result: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Writes a unit in place of an earlier one: the worker that comes first does, all have the same."""

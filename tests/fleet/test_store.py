@@ -77,6 +77,26 @@ def test_whoever_dies_whenever_each_unit_is_computed_to_the_same_result(tmp_path
         assert len(started) == len(UNITS) + sum(ledger.losses.values()), "each once, and again where a worker died"
 
 
+def test_a_result_is_waited_for_when_the_next_unit_is_computed_or_none_is_left(tmp_path, settings):
+    said = []
+    with RunStore.create_or_open(tmp_path / "run", settings) as store:
+        ledger, guard = Ledger(store), threading.RLock()
+
+        def compute(unit):
+            said.append(f"compute {unit[-1]}")
+            if unit == UNITS[2]:  # the other worker comes meanwhile, and takes what is left
+                assert ledger.claim("1.0", UNITS[:4]) == {"compute": UNITS[3]}
+            return {"unit": unit} if unit == UNITS[1] else lambda: said.append(f"wait {unit[-1]}") or {"unit": unit}
+
+        def pause(seconds):
+            said.append("pause")
+            ledger.keep("1.0", UNITS[3], {"unit": UNITS[3]}, 0.0)
+
+        worker = WorkerStore("0.0", "run", asks(ledger, guard), pause)
+        assert worker.each(UNITS[:4], compute) == [{"unit": unit} for unit in UNITS[:4]]
+    assert said == ["compute 0", "compute 1", "wait 0", "compute 2", "wait 2", "pause"]
+
+
 def test_checkpoints_go_through_the_ledger(tmp_path, settings):
     tree = {"layers": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     with RunStore.create_or_open(tmp_path / "run", settings) as store:
