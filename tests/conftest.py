@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -20,6 +21,8 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")  # of accelerat
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background by a script, which all that it starts would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
