@@ -207,14 +207,24 @@ def _descended(own: Weights, ended: jax.Array, hyper: Hyper, count: jax.Array, s
 
 
 def descend_together(weights: Weights, rows: Rows) -> Weights:
-    """Those of `rows` are taken out, descend, and are put back, all at once."""
+    """Those of `rows` are taken out and descend, all at once, and are put back one after another.
+
+    The loop puts them where they lie. One scatter would be fused with the steps that read the moments, so that XLA for CPUs copied the
+    moments of all slots first, and twice; it does so too where it knows how often a loop runs.
+    """
     slots, *rest = rows
-    return put(weights, slots, jax.vmap(_descended)(taken(weights, slots), *rest))
+    new, used_first = jax.vmap(_descended)(taken(weights, slots), *rest), jnp.argsort(slots)
+
+    def one(i: jax.Array, weights: Weights) -> Weights:
+        row = used_first[i]
+        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x[row], slots[row], 0), weights, new)
+
+    return jax.lax.fori_loop(0, jnp.sum(slots < jax.tree.leaves(weights)[0].shape[0]), one, weights)
 
 
 def descend_in_place(weights: Weights, rows: Rows) -> Weights:
-    """The same, row after row, each where it lies. Taken out together, adapters and moments are in memory three times over, and XLA for
-    GPUs lays all slots out anew for it; XLA for CPUs would copy them all here, for each row."""
+    """The same, but each row is read, descends and is put back before the next. Taken out together, adapters and moments are in memory
+    three times over, and XLA for GPUs lays all slots out anew for it; XLA for CPUs would copy them all here, for each row."""
 
     def one(weights: Weights, row: Rows) -> tuple[Weights, None]:
         slot, ended, *rest = row

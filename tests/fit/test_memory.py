@@ -132,6 +132,13 @@ def test_a_slot_takes_an_adapter_and_its_moments(fit):
     assert 3 * memory.adapter_bytes(engine) <= per_slot <= 3.5 * memory.adapter_bytes(engine)
 
 
+def test_a_step_holds_no_copy_of_the_slots_that_it_does_not_train(fit):
+    """Nor of those that it does: XLA for CPUs once copied the moments of all slots, at every step."""
+    engine, params = fit
+    few, many = (memory.of_program(engine.lower(params, 16, 1, slots).compile()) for slots in (4, 64))
+    assert many.temporaries - few.temporaries < 0.05 * (many.arguments - few.arguments)
+
+
 def test_many_short_rows_may_take_more_than_one_long_one(fit, monkeypatch):
     """Of steps of at most 64 tokens: one row of 48, two of 32, and four of 16, which have the most rows and so the most adapters."""
     engine, params = fit

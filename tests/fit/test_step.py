@@ -138,9 +138,9 @@ def test_other_slots_never_change(world):
 
 
 def test_optimisers_step_alike_together_and_in_place(world):
-    """In place is for accelerators (`step.step`); it must be the same thing. Slot 3 has ended, the last row is idle, slot 1 has no row."""
+    """In place is for accelerators (`step.step`); it must be the same thing. Slot 3 has ended, a row is idle, slot 1 has no row."""
     _, state, _ = world
-    slots, ended = np.asarray([2, 3, 0, 1 << 30], np.int32), np.asarray([False, True, False, False])
+    slots, ended = np.asarray([2, 3, 1 << 30, 0], np.int32), np.asarray([False, True, False, False])
     weights = state.lora, jax.tree.map(lambda x: 0.1 * x, state.lora), jax.tree.map(jnp.square, state.lora)
     hyper, count, slope = step_lib.taken((state.hyper, state.moments.count + 3, jax.tree.map(jnp.cos, state.lora)), slots)
     rows = slots, ended, hyper, count, slope
