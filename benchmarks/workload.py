@@ -134,7 +134,7 @@ def planned(
     real = [[e.sequences[i] - 1 for step in order for i in step] for e, order in zip(edits, orders, strict=True)]
     padded = [[plan.padded_length(n, lengths) for n in steps] for steps in real]
     waste, programs = plan.Waste(), set()
-    for action in plan.Schedule(padded, plan.slots_for(len(edits), slots), 1, tokens_per_step):
+    for action in plan.Schedule(padded, slots, 1, tokens_per_step):
         if isinstance(action, plan.Step):
             waste.slots, waste.steps = waste.slots + action.length * action.rows, waste.steps + 1
             waste.tokens += sum(real[e][n] for e, n in zip(action.edits, action.numbers, strict=True))

@@ -317,7 +317,7 @@ class _Fit:
         most = max(number, default=0)
         self.room = -(-most // ADMIT) * ADMIT if most > 1 else 1
         self.places += np.asarray(shard_of, int) * self.room
-        self.slots = plan.slots_for(most, engine.slots)
+        self.slots = engine.slots  # however few the jobs: each number of slots is another set of programs
         self._schedule = functools.partial(
             plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards, engine.shared
         )

@@ -106,12 +106,6 @@ def deal(costs: Sequence[float], shards: int) -> list[int]:
     return found
 
 
-def slots_for(edits: int, slots: int) -> int:
-    """The slots that so many edits get of the `slots` there may be. Nearly as many edits as slots have the programs of as many, so that a
-    group that lost a few does not compile anew; fewer get a power of two."""
-    return slots if 2 * edits > slots else min(slots, power_of_two(edits))
-
-
 class Schedule:
     """The actions that fit all edits, in order: an iterator, which may be told meanwhile that an edit needs no further steps.
 

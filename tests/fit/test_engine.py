@@ -268,8 +268,9 @@ def test_new_values_do_not_compile_again(world):
     assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
 
 
-def test_a_few_edits_fewer_do_not_compile_again(world):
-    """Self-edits that cannot be used leave a group with fewer jobs: the steps are those of the whole group."""
+def test_fewer_edits_do_not_compile_again(world):
+    """A last group is smaller, and self-edits that cannot be used leave any with fewer jobs: the programs are those of the whole group, but
+    for steps of few rows that it had no use for."""
     model, jobs, _ = world
     many = [dataclasses.replace(job, key=(*job.key, i)) for i in range(4) for job in jobs[:4]]
     engine = make_engine(model.spec, slots=12)
@@ -278,6 +279,9 @@ def test_a_few_edits_fewer_do_not_compile_again(world):
     for count in (15, 12, 9, 7):
         engine.fit(model.params, many[:count])
     assert {f: getattr(engine_lib, f)._cache_size() for f in before} == before
+    for count in (2, 1):
+        engine.fit(model.params, many[:count])
+    assert engine_lib._admit._cache_size() == before["_admit"] and engine_lib._step._cache_size() <= before["_step"] + 2
 
 
 def test_programs_compiled_ahead_are_those_that_run(world, monkeypatch):
