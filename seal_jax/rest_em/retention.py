@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,5 +103,6 @@ def cost(config: RetentionConfig, memory: Memory, trials: Sequence[Mapping[str, 
     for trial in trials:
         accuracy, bits = trial["retention"]["accuracy"], trial["retention"]["bits"]
         fall = 0.0 if accuracy is None or memory.accuracy is None else max(0.0, memory.accuracy - accuracy)
-        found.append(config.weight * fall + config.bits * max(0.0, bits - memory.bits))
+        rise = max(0.0, bits - memory.bits) if math.isfinite(bits) else math.inf  # of an edit that diverged: nothing is worth that
+        found.append(config.weight * fall + (config.bits * rise if config.bits else 0.0))
     return float(np.mean(found)) if found else 0.0

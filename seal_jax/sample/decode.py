@@ -236,8 +236,10 @@ def decode(
     decoder: Decoder, stop: tuple[int, ...], mesh: Mesh, params: Any, lora: Any, rows: Rows, steps: jax.Array, guide: Guide | None = None
 ) -> Rows:
     """At most `steps` (int32 scalar) further tokens for every row that is not done; a shard ends early when all of its rows are, unless
-    heads are cut: what a device then sends to another may be a matter of all of them, so that the shards end together."""
-    shard = functools.partial(_decode, decoder, stop, mesh_lib.cuts_heads(mesh, decoder.spec), mesh_lib.tiling(mesh) is not None)
+    heads are cut, or a mask meets logits that are: what a device then sends to another may be a matter of all of them, so that the
+    shards end together."""
+    together = mesh_lib.cuts_heads(mesh, decoder.spec) or (guide is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1)
+    shard = functools.partial(_decode, decoder, stop, together, mesh_lib.tiling(mesh) is not None)
     deal = mesh_lib.over_edits(shard, mesh, (EVERYWHERE, EDITS, ROWS, EVERYWHERE, EVERYWHERE), ROWS)
     return _placed(deal(params, lora, rows, steps, guide), mesh)
 

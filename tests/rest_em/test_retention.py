@@ -111,3 +111,12 @@ def test_too_few_passages_to_remember_is_said(settings, tmp_path):
 def test_nothing_is_counted_by_default():
     assert not retention.wanted(RetentionConfig())
     assert retention.wanted(RetentionConfig(contexts=1)) and retention.wanted(RetentionConfig(bits=0.1))
+
+
+def test_an_edit_that_diverged_is_worth_nothing():
+    memory = retention.Memory(None, (), None, None, 1.0)
+    told = lambda bits: [{"retention": {"accuracy": None, "bits": bits}}]  # noqa: E731
+    counted, uncounted = RetentionConfig(bits=1.0), RetentionConfig(bits=0.0)
+    assert retention.cost(counted, memory, told(3.0)) == 2.0 and retention.cost(counted, memory, told(0.5)) == 0.0
+    assert retention.cost(counted, memory, told(float("nan"))) == retention.cost(counted, memory, told(float("inf"))) == float("inf")
+    assert retention.cost(uncounted, memory, told(float("nan"))) == 0.0
