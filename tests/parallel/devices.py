@@ -17,6 +17,7 @@ from seal_jax.models import lora as lora_lib
 from seal_jax.models.decoder import Decoder
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.sample.constraint import for_regex
 from seal_jax.sample.engine import Request, generate
 from seal_jax.sft import pack
 from seal_jax.sft.engine import SftEngine
@@ -52,12 +53,13 @@ def run(shape, host, jobs, prompts):
     }
 
 
-def uneven(shape, host, prompts):
+def uneven(shape, host, prompts, constraint=None):
     """Answers of two shards, one of which has ten times as many tokens to draw."""
     mesh = mesh_lib.make(MeshConfig(*shape))
     params = jax.tree.map(jax.device_put, host, mesh_lib.parameter_shardings(mesh, host))
-    requests = [Request(prompts[0], 3), Request(prompts[1], 30)]
-    return [g.tokens for g in generate(Decoder(SPEC), params, requests, stop=(), rows=2, mesh=mesh)]
+    requests = [Request(prompts[0], 3, constraint=constraint), Request(prompts[1], 30, constraint=constraint)]
+    stop = () if constraint is None else SPEC.eos_ids
+    return [g.tokens for g in generate(Decoder(SPEC), params, requests, stop=stop, rows=2, mesh=mesh)]
 
 
 def stacked(shape, host, jobs):
@@ -153,6 +155,9 @@ def main():
     cut = 2, 1, 4  # twice as many devices along `tensor` as there are heads of keys
     assert mesh_lib.cuts_heads(mesh_lib.make(MeshConfig(*cut)), SPEC)
     report["uneven"] = uneven(cut, host, prompts) == uneven((1, 1, 1), host, prompts)
+    letters = for_regex("[A-Y]{40,90}", [None] * 3 + [bytes([65 + i % 26]) for i in range(509)])
+    (first, second), whole = uneven((2, 1, 2), host, prompts, letters), uneven((1, 1, 1), host, prompts, letters)
+    report["masked"] = [first, second] == whole and (len(first), len(second)) == (3, 30)
     (losses, nll, before), others = stacked((1, 1, 1), host, jobs), stacked((2, 2, 2), host, jobs)
     report["held"] = {
         "losses": max(float(np.abs(a / b - 1).max()) for a, b in zip(losses, others[0], strict=True)),
