@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +108,8 @@ def check(config: RunConfig, where: str) -> None:
         if (value := _value(config, key)) not in choices:
             raise SealError(f"{where}: {key}={value!r}: expected one of {', '.join(choices)}")
     for key, least in AT_LEAST.items():
-        if not (value := _value(config, key)) >= least:
-            raise SealError(f"{where}: {key}={value}: expected at least {least}")
+        if not least <= (value := _value(config, key)) < math.inf:
+            raise SealError(f"{where}: {key}={value}: expected at least {least}" + (", and finite" if value == math.inf else ""))
     for key in ("sample.top_p", "grade.threshold"):
         if not 0.0 < (value := _value(config, key)) <= 1.0:
             raise SealError(f"{where}: {key}={value}: expected a number above 0 and at most 1")

@@ -46,10 +46,16 @@ class Cache(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What a call of the decoder adds to a cache: keys and values of its tokens."""
+    """What a call of the decoder adds to a cache: keys and values of its tokens, finite ones (see `finite`)."""
 
     k: jax.Array  # [N, B, T, G, h]
     v: jax.Array  # [N, B, T, G, h]
+
+
+def finite(entries: Entries) -> Entries:
+    """`entries` with zeros for what is not a number or infinite. A row keeps what an earlier sequence left in it, unseen: weighted with
+    zero, which would make NaN of a model's that diverged."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), entries)
 
 
 def empty_cache(spec: DecoderSpec, rows: int, length: int, dtype: jnp.dtype) -> Cache:
@@ -331,7 +337,7 @@ class Attention(nn.Module):
                 places = positions if first is None else jnp.broadcast_to(jnp.arange(count), (rows, count))
                 out = jax.checkpoint(attend, prevent_cse=False)(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), places, first)
         out = Linear(x.shape[-1], name="o_proj")(out.reshape(rows, count, s.num_heads * s.head_dim))
-        return out, Entries(k, v) if entries else None
+        return out, finite(Entries(k, v)) if entries else None
 
 
 class Mlp(nn.Module):

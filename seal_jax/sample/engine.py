@@ -10,6 +10,7 @@ sampling and constraint alone.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,12 +57,12 @@ def generate(
     folded in (`models.lora.scaled`), dealt out over the shards, among which `Request.adapter` chooses; None: the bare model, and the
     requests are dealt out. `progress` is called with the number of requests that have finished since, their new tokens (stop tokens
     included) as `tokens`, and the number of requests that wait for a row as `waiting`.
-    Raises ValueError for an empty prompt, for `max_tokens` below 1, for an adapter that is not there, and for a constraint without
-    `stop` ids to end it with.
+    Raises ValueError for an empty prompt, for `rows` or `max_tokens` below 1, for a temperature or nucleus that is none, for tokens or an
+    adapter that are not there, and for a constraint without `stop` ids to end it with.
     """
     mesh = mesh or mesh_lib.single()
     count = 0 if lora is None else jax.tree.leaves(lora)[0].shape[0]
-    _check(requests, stop, count)
+    _check(requests, stop, rows, count, decoder.spec.vocab_size)
     results: list[Generated | None] = [None] * len(requests)
     if not requests:
         return []
@@ -84,12 +85,23 @@ def _size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _check(requests: Sequence[Request], stop: Sequence[int], adapters: int) -> None:
+def _check(requests: Sequence[Request], stop: Sequence[int], rows: int, adapters: int, vocab_size: int) -> None:
+    known = range(vocab_size)
+    if rows < 1:
+        raise ValueError(f"rows={rows}: expected at least 1")
+    if strange := [s for s in stop if s not in known]:
+        raise ValueError(f"stop ids {strange}: the model's tokens are 0 to {vocab_size - 1}")
     for i, r in enumerate(requests):
         if not r.prompt:
             raise ValueError(f"request {i}: a prompt without tokens cannot be continued")
+        if strange := [t for t in r.prompt if t not in known]:
+            raise ValueError(f"request {i}: tokens {strange[:3]} in its prompt: the model's are 0 to {vocab_size - 1}")
         if r.max_tokens < 1:
             raise ValueError(f"request {i}: max_tokens={r.max_tokens}: expected at least 1")
+        if not 0 <= r.temperature < math.inf:
+            raise ValueError(f"request {i}: temperature={r.temperature}: expected a finite number, at least 0")
+        if not 0 < r.top_p <= 1:
+            raise ValueError(f"request {i}: top_p={r.top_p}: expected more than 0, and at most 1")
         if not 0 <= r.adapter < max(1, adapters):
             raise ValueError(f"request {i}: adapter {r.adapter} of {adapters}")
         if r.constraint is not None and not stop:

@@ -17,7 +17,7 @@ class Sampling(NamedTuple):
     """How each row's tokens are drawn. Leaves [R]."""
 
     key: jax.Array  # [R, 2] uint32, raw threefry keys
-    temperature: jax.Array  # float32; 0: greedy
+    temperature: jax.Array  # float32, finite; 0: greedy
     top_p: jax.Array  # float32 in (0, 1]
     top_k: jax.Array  # int32; 0: all
 
@@ -91,7 +91,8 @@ def keep(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Ar
 def pick(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     """The next token [R] int32 for `logits` [R, V] float32; `step` [R] int32 is each row's own count of tokens drawn before.
 
-    A draw depends on the row's key and step alone. Greedy rows take the first of the largest logits.
+    A draw depends on the row's key and step alone. Greedy rows take the first of the largest logits, and so do rows from whose logits
+    nothing can be drawn (those of a model that diverged).
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -99,9 +100,10 @@ def pick(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), count), logits.shape[-1:], jnp.float32)
 
     def drawn() -> jax.Array:
-        warm = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
+        # Less the largest, which thus stays finite at any temperature.
+        warm = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)[:, None]
         allowed = keep(jax.nn.softmax(warm), sampling.top_p, sampling.top_k)
         token = jnp.argmax(jnp.where(allowed, warm + jax.vmap(noise)(sampling.key, step), -jnp.inf), axis=-1)
-        return jnp.where(sampling.temperature > 0, token.astype(jnp.int32), greedy)
+        return jnp.where((sampling.temperature > 0) & jnp.any(allowed, axis=-1), token.astype(jnp.int32), greedy)
 
     return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)

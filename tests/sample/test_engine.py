@@ -183,6 +183,20 @@ def test_an_adapter_of_zeros_is_the_bare_model(world, adapters):
     assert generate(decoder, model.params, asked, stop=STOP, rows=6, lora=nothing) == alone[:7]
 
 
+@pytest.mark.parametrize("what", [np.nan, np.inf])
+def test_a_row_that_a_diverged_adapter_had_serves_others_as_ever(world, adapters, what):
+    """What that left in the row's cache is not seen; and its own answers end."""
+    model, decoder, requests, _ = world
+    stacked = jax.tree.map(lambda x: x.at[0].set(what), adapters[0])
+    asked = [dataclasses.replace(r, adapter=1 + i % 2) for i, r in enumerate(requests[:4])]
+    expected = [generate(decoder, model.params, [r], stop=(), rows=1, lora=stacked)[0] for r in asked]
+    assert len({g.tokens for g in expected}) == len(asked)
+    first = [Request((5, 6, 7), 40), Request((5, 6, 7, 8), 40, temperature=1.0)]
+    for rows in (1, 3):
+        found = generate(decoder, model.params, [*first, *asked], stop=(), rows=rows, lora=stacked)
+        assert found[2:] == expected and [len(g.tokens) for g in found[:2]] == [40, 40]
+
+
 # --- Few steps, and little at once --------------------------------------------------------------------------------------
 
 
@@ -317,13 +331,21 @@ def test_what_is_refused(world, adapters):
     good = requests[0]
     for bad, lora_, told in [
         (dataclasses.replace(good, prompt=()), None, "request 1: a prompt without tokens"),
+        (dataclasses.replace(good, prompt=(3, model.spec.vocab_size)), None, f"request 1: tokens \\[{model.spec.vocab_size}\\] in its prompt"),
         (dataclasses.replace(good, max_tokens=0), None, "request 1: max_tokens=0"),
+        (dataclasses.replace(good, temperature=float("inf")), None, "request 1: temperature=inf"),
+        (dataclasses.replace(good, temperature=-1.0), None, "request 1: temperature=-1.0"),
+        (dataclasses.replace(good, top_p=0.0), None, "request 1: top_p=0.0"),
         (dataclasses.replace(good, adapter=1), None, "request 1: adapter 1 of 0"),
         (dataclasses.replace(good, adapter=3), adapters[0], "request 1: adapter 3 of 3"),
         (dataclasses.replace(good, adapter=-1), adapters[0], "request 1: adapter -1 of 3"),
     ]:
         with pytest.raises(ValueError, match=told):
             generate(decoder, model.params, [good, bad], stop=STOP, rows=ROWS, lora=lora_)
+    with pytest.raises(ValueError, match="rows=0"):
+        generate(decoder, model.params, [good], stop=STOP, rows=0)
+    with pytest.raises(ValueError, match="stop ids \\[-1, 9999\\]"):
+        generate(decoder, model.params, [good], stop=(-1, 3, 9999), rows=ROWS)
     assert generate(decoder, model.params, [], stop=STOP, rows=ROWS) == []
 
 

@@ -125,6 +125,30 @@ def test_greedy_rows_take_the_first_of_the_largest():
     assert picked(logits, zeros, np.zeros(2, np.int32)).tolist() == [1, 0]
 
 
+def test_any_temperature_cools_to_the_largest():
+    """However small: what is not the largest is then out of reach."""
+    logits = np.random.default_rng(0).normal(0, 5, (6, VOCAB)).astype(np.float32)
+    logits[:, ::2] = -np.inf
+    keys = np.stack([rng.words(0, i) for i in range(6)])
+    cold = np.asarray([1e-3, 1e-9, 1e-20, 1e-30, 1e-37, 1e-45], np.float32)
+    for top_p in (1.0, 0.9):
+        sampling = Sampling(keys, cold, np.full(6, top_p, np.float32), np.zeros(6, np.int32))
+        assert picked(logits, sampling, np.zeros(6, np.int32)).tolist() == np.argmax(logits, -1).tolist()
+
+
+def test_a_row_of_which_nothing_can_be_drawn_takes_what_is_allowed():
+    """Logits of a model that diverged, under a mask and without one; the row beside it draws as it would alone."""
+    draw = np.random.default_rng(0)
+    logits = draw.normal(0, 1, (4, VOCAB)).astype(np.float32)
+    logits[:3] = np.nan
+    logits[1, :37] = -np.inf
+    logits[2] = -np.inf
+    sampling = Sampling(np.stack([rng.words(0, i) for i in range(4)]), np.ones(4, np.float32), np.full(4, 0.9, np.float32), np.zeros(4, np.int32))
+    found = picked(logits, sampling, np.zeros(4, np.int32)).tolist()
+    assert found[:3] == [0, 37, 0]
+    assert found[3] == picked(logits[3:], jax.tree.map(lambda x: x[3:], sampling), np.zeros(1, np.int32))[0] != np.argmax(logits[3])
+
+
 def test_a_draw_depends_on_its_key_and_step_alone():
     """Not on its row, its neighbours, their settings, or how many they are."""
     draw = np.random.default_rng(0)
