@@ -2,9 +2,11 @@
 # All cases of one GPU that holds a 7B model twice (an H100 or H200, say), the most valuable first, in ten minutes at most.
 #
 #   benchmarks/accelerator.sh            PYTHON=python3 MINUTES=9.5 by default; raw output also into $OUT, if that is set
+#   CACHE=/tmp/programs CASES="sample-7b fit-1.5b" benchmarks/accelerator.sh      some cases; compiled programs stay in $CACHE for the next call
+#   WHEELS=wheels benchmarks/accelerator.sh             first makes the wheels in that folder importable, where nothing may be installed
 #
-# It installs nothing and fetches nothing: weights are random, made on the device. A case that does not end in its time is stopped, and the
-# next one gets what is left; its rows until then are kept. What the device has no room for is left out, which is no failure.
+# It fetches nothing: weights are random, made on the device. A case that does not end in its time is stopped, and the next one gets what is
+# left; its rows until then are kept. What the device has no room for is left out, which is no failure.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -12,9 +14,14 @@ end=$(($(date +%s) + $(awk "BEGIN {print int(${MINUTES:-9.5} * 60)}")))
 out=${OUT:-}
 log=${out:-$(mktemp -d)}
 mkdir -p "$log" || exit 1
-# Programs are compiled once for all the processes below; nothing outlives this run.
-cache=$(mktemp -d)
-trap 'rm -rf "$cache"' EXIT
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --target "$scratch/wheels" "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH=$scratch/wheels${PYTHONPATH:+:$PYTHONPATH}
+fi
+# Programs are compiled once for all the processes below; unless $CACHE says where, nothing outlives this run.
+cache=${CACHE:-$scratch/programs}
 export JAX_COMPILATION_CACHE_DIR=$cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -38,10 +45,12 @@ if jax.default_backend() == "cpu":
 PY
 then exit 1; fi
 
-failed=0
+failed=0 known=
 run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no more than are left
   local name=$1 seconds=$2 module=benchmarks.$3 left
   shift 3
+  if [ -n "${CASES:-}" ] && ! [[ " $CASES " == *" $name "* ]]; then return; fi
+  known=1
   left=$((end - $(date +%s)))
   if [ "$left" -lt 25 ]; then
     echo "# left out, no time: $name"
@@ -63,12 +72,20 @@ run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no mor
 # workload.planned). Fits and the round have the same slots and tokens a step, so that the round finds its programs compiled.
 lengths=${LENGTHS:-24,32,40,56,96,160,240,384}
 fits=(--tokens-per-step 2048 --lengths "$lengths")
-run fit-7b 200 fit --model qwen2.5-7b --k 64,1,32 "${fits[@]}" --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
-run round-7b 240 round --model qwen2.5-7b --contexts 10 --slots 64 "${fits[@]}" --repeats 1
-run sample-7b 75 sample --model qwen2.5-7b --rows 128,32 --adapters 32
-run fit-0.5b 55 fit --model qwen2.5-0.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
-run fit-1.5b 55 fit --model qwen2.5-1.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
-run sample-0.5b 30 sample --model qwen2.5-0.5b --rows 128 --adapters 0
+# PEFT padded to 2048 takes 37 GiB of a 7B beside us: of a GPU of less than 100 GiB JAX takes a little less than elsewhere.
+room=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+[ "${room:-0}" -gt 0 ] && [ "${room:-0}" -lt 100000 ] && export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.52}
+run fit-7b 230 fit --model qwen2.5-7b --k 64,1 "${fits[@]}" --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
+run round-7b 240 round --model qwen2.5-7b --contexts 5 --slots 64 "${fits[@]}" --repeats 1
+run sample-7b 110 sample --model qwen2.5-7b --rows 128,32 --adapters 32
+run fit-0.5b 90 fit --model qwen2.5-0.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run fit-1.5b 90 fit --model qwen2.5-1.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+run fit-curve-7b 240 fit --model qwen2.5-7b --k 32,16,4 "${fits[@]}" --epochs 2 --no-peer --sweep none --padded-steps 0
+run sample-0.5b 60 sample --model qwen2.5-0.5b --rows 128 --adapters 0
+if [ -z "$known" ]; then
+  echo "CASES=\"$CASES\": none of fit-7b round-7b sample-7b fit-0.5b fit-1.5b fit-curve-7b sample-0.5b" >&2
+  exit 2
+fi
 
 echo "# the JSON lines again, and how each case went"
 grep -hE '^(warming up|timed|left out)' "$log/stderr.txt"

@@ -203,7 +203,7 @@ def interleave(cases: Mapping[str, Callable[[], Any]], repeats: int, until: floa
     """
     kept: dict[str, Callable[[], Any]] = {}
     for name, run in cases.items():
-        if kept and not in_time(name, until):
+        if kept and name not in warm and not in_time(name, until):
             continue
         with within_memory(name):
             if name not in warm:

@@ -64,6 +64,8 @@ def test_interleave_ends_in_time(capsys):
     took = common.interleave({"a": lambda: time.sleep(0.02), "b": lambda: None}, 50, time.monotonic() + 0.01)
     assert list(took) == ["a"] and len(took["a"]) == 1
     assert "left out, no time: b" in capsys.readouterr().err
+    took = common.interleave({"a": lambda: None, "b": lambda: None, "c": lambda: None}, 1, 0.0, warm=["b"])
+    assert list(took) == ["a", "b"], "what is warm takes no time to warm up"
 
 
 @pytest.mark.parametrize(
