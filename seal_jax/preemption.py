@@ -28,6 +28,7 @@ LIMIT = 20.0  # seconds from the notice to the end of a process whose main threa
 WAITING = 5.0  # the same where another process has ended: the main thread most likely waits for it, in vain
 SAVING = 600.0  # the same once it has begun to save; whoever takes the machine away may be faster
 LOOK = 0.5  # seconds between looks at the clock and the other processes
+TOGETHER = 1.0  # seconds in which a second SIGTERM is the first one once more: `timeout` and some schedulers send it to the group as well
 GOES_ON = "nothing finished is lost, the same command goes on"
 
 
@@ -50,6 +51,7 @@ class _Watch:
         self._since: float | None = None  # when the notice came
         self._raised = False
         self._signals = self._echoes = 0
+        self._first: float | None = None  # when the first signal came
         self._read, self._write = socket.socketpair()
         for end in (self._read, self._write):
             end.setblocking(False)
@@ -102,7 +104,10 @@ class _Watch:
     def _signalled(self, number: int) -> None:
         if number == signal.SIGTERM and self._echoes:
             self._echoes -= 1
+        elif number == signal.SIGTERM and self._first is not None and time.monotonic() - self._first < TOGETHER:
+            return
         elif number in (signal.SIGTERM, signal.SIGINT):
+            self._first = self._first or time.monotonic()
             self._signals += 1
             if self._signals > 1:
                 _say(f"seal-jax: told twice, ended at once; {GOES_ON}")

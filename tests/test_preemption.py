@@ -78,10 +78,23 @@ def test_told_twice_a_process_ends_at_once(start, wait_for, ended, tiny_config, 
         wait_for(mark, process)
         time.sleep(0.3)
         os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.3)
+        time.sleep(preemption.TOGETHER + 0.3 if second == signal.SIGTERM else 0.3)
         os.kill(process.pid, second)
         assert ended(process, 10.0) == 128 + second
         assert said.read_text().splitlines()[-1] == f"seal-jax: told twice, ended at once; {preemption.GOES_ON}"
+
+
+def test_a_notice_that_comes_twice_at_once_is_one(start, wait_for, ended, tiny_config, tmp_path):
+    """As `timeout` sends it: to the process, and to its group."""
+    said, mark = tmp_path / "said", tmp_path / "mark"
+    process = start("train", tiny_config, said=said, before=STUCK.format(limit=3.0, mark=str(mark)))
+    wait_for(mark, process)
+    time.sleep(0.3)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    assert ended(process, 15.0) == 128 + signal.SIGTERM
+    assert "told twice" not in said.read_text() and "did not answer within 3 s" in said.read_text()
 
 
 CHILD = """

@@ -6,8 +6,10 @@ two confirm it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ from seal_jax.parallel.cost import shard_bytes
 
 SHARE = 0.9  # of a device's memory that programs may take; the rest is the runtime's, and lost between buffers
 CPU_SHARE = 0.5  # the same of a machine's main memory, which others use too
+CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # where Linux says what a container may have
 TRIES = 8  # compilations at most
 SET = "set fit.slots to a number, and model.remat to none or full"  # what to do where nobody tells
 AUTO = ("none", "full")  # what `model.remat` "auto" is in fits: the faster one where it leaves room for enough slots
@@ -148,15 +151,23 @@ def device_limit(mesh: Mesh) -> float:
     """
     device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
     if device.platform == "cpu":
-        try:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (OSError, ValueError):
-            raise SealError(f"this machine does not tell how much memory it has; {SET}") from None
-        return CPU_SHARE * memory / len(mesh.local_devices)
+        return CPU_SHARE * _main_memory() / len(mesh.local_devices)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise SealError(f"{device.device_kind} does not tell how much memory it has; {SET}")
     return SHARE * stats["bytes_limit"]
+
+
+def _main_memory() -> int:
+    """Bytes of main memory that this process may have: the machine's, or its container's."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        raise SealError(f"this machine does not tell how much memory it has; {SET}") from None
+    for limit in CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found = min(found, int(pathlib.Path(limit).read_text()))
+    return found
 
 
 def remats(remat: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
+import jax
+
 from seal_jax.parallel import processes
 from seal_jax.runs import health
 from seal_jax.runs.events import WarningEvents
@@ -63,7 +65,12 @@ class WorkerStore:
             before, late = late, None
             if "compute" in told:
                 self._unit, start = told["compute"], time.monotonic()
-                result = compute(self._unit)
+                try:
+                    result = compute(self._unit)
+                except Exception:
+                    if before is not None and jax.process_count() == 1:  # other processes, which it might wait for, wait elsewhere
+                        self._hand_in(*before)
+                    raise
                 late = (self._unit, result, time.monotonic() - start)
                 self._unit = None
             if before is not None:

@@ -73,7 +73,8 @@ def layout(shares: Sequence[Mapping[int, Sequence[int]]], rows: int, adapter: fl
 
     `adapter`: the size of one as a share of the model's: a step reads the model, and every place's adapter. Few rows a place leave few
     idle, but need more places: no fewer than an adapter has requests on average, or adapters would take memory that no one reckons with.
-    One of few numbers, because each is a compilation: the largest that any adapter can use, or a round one below.
+    One of few numbers, because each is a compilation: the largest that any adapter can use, or a round one below; of the bare model, whose
+    requests are another number in each group of contexts, the round one above.
     """
     counts = [[len(queue) for queue in queues.values()] for queues in shares]
     everyone = [n for shard in counts for n in shard]
@@ -90,6 +91,8 @@ def layout(shares: Sequence[Mapping[int, Sequence[int]]], rows: int, adapter: fl
         return rounds * (1 + places(each) * adapter)
 
     steps = {1, 2, 3, *(m << k for m in (4, 5, 6) for k in range(longest.bit_length()))}
+    if adapters == 1:
+        longest = min(rows, min(s for s in steps if s >= longest))
     each = min((e for e in {longest, *(s for s in steps if mean <= s < longest)}), key=lambda e: (cost(e), -e))
     return places(each), each
 

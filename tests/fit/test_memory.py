@@ -184,6 +184,17 @@ def test_a_device_that_does_not_tell_is_an_error():
     assert memory.device_limit(mesh_lib.single()) > 2**28
 
 
+def test_a_containers_memory_counts(tmp_path, monkeypatch):
+    whole = memory.device_limit(mesh_lib.single())
+    for name, text in (("memory.max", "max\n"), ("memory.limit", f"{2**62}\n")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CONTAINER", (str(tmp_path / "memory.max"), str(tmp_path / "memory.limit"), str(tmp_path / "none")))
+    machine = memory.device_limit(mesh_lib.single())
+    assert machine >= whole
+    (tmp_path / "memory.max").write_text(f"{2**20}\n")
+    assert memory.device_limit(mesh_lib.single()) == memory.CPU_SHARE * 2**20 / jax.local_device_count()
+
+
 @pytest.mark.parametrize(("guess", "questions"), [(10.0, 2), (9.0, 3), (12.0, 3), (100.0, 3)])
 def test_a_guess_of_a_slot_saves_questions(guess, questions):
     asked = []

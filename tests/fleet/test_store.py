@@ -97,6 +97,20 @@ def test_a_result_is_waited_for_when_the_next_unit_is_computed_or_none_is_left(t
     assert said == ["compute 0", "compute 1", "wait 0", "compute 2", "wait 2", "pause"]
 
 
+def test_a_result_that_is_waited_for_is_kept_where_the_next_unit_fails(tmp_path, settings):
+    with RunStore.create_or_open(tmp_path / "run", settings) as store:
+        ledger, guard = Ledger(store), threading.RLock()
+
+        def compute(unit):
+            if unit == UNITS[1]:
+                raise OSError("no more")
+            return lambda: {"unit": unit}
+
+        with pytest.raises(OSError, match="no more"):
+            WorkerStore("0.0", "run", asks(ledger, guard), lambda seconds: None).each(UNITS[:2], compute)
+        assert store.read(UNITS[0]) == {"unit": UNITS[0]} and not store.has(UNITS[1])
+
+
 def test_checkpoints_go_through_the_ledger(tmp_path, settings):
     tree = {"layers": {"a": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     with RunStore.create_or_open(tmp_path / "run", settings) as store:

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from seal_jax import config
@@ -85,6 +86,14 @@ def test_nothing_usable_to_remember_leaves_the_memory_empty(settings, tmp_path, 
         loop.train(config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"]))
     assert "none of the 1 self-edits to remember is usable" in caplog.text
     assert units(tmp_path / "run")["rounds/1/memory"]["bits"] > 0
+
+
+def test_a_memory_that_diverged_is_told_in_a_line(settings, tmp_path, quick_compile, monkeypatch):
+    monkeypatch.setattr(Policy, "bits", lambda self, texts, adapters: np.asarray([np.nan]))
+    again = config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"])
+    for _ in range(2):  # the second time it is read back
+        with quick_compile(), pytest.raises(SealError, match="rounds/1/memory: the bits a token of rest_em.retention.texts are not finite"):
+            loop.train(again)
 
 
 def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
