@@ -100,7 +100,7 @@ def test_some_cases_alone(script, tmp_path):
         "fit-0.5b,",
     ]
     done = script(CASES="sample-8b")
-    assert done.returncode == 2 and "CASES=\"sample-8b\": none of fit-7b round-7b" in done.stderr
+    assert done.returncode == 2 and 'CASES="sample-8b": none of fit-7b round-7b' in done.stderr
 
 
 def test_programs_stay_for_the_next_call_where_that_is_asked_for(script, tmp_path):
@@ -122,7 +122,9 @@ def test_wheels_of_a_folder_are_importable(tmp_path, without):
             wheel.writestr(f"strange_package-1.0.dist-info/{name}", text)
         wheel.writestr("strange_package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: strange-package\nVersion: 1.0\n")
     environment = without("omegaconf")
-    (tmp_path / "lacking" / "sitecustomize.py").write_text("import sys\nif sys.argv[0] == '-':\n    import strange_package\n    print('found it')\n")
+    (tmp_path / "lacking" / "sitecustomize.py").write_text(
+        "import sys\nif sys.argv[0] == '-':\n    import strange_package\n    print('found it')\n"
+    )
     done = subprocess.run([SCRIPT], env=environment | {"WHEELS": str(wheels)}, capture_output=True, text=True, timeout=120)
     assert "found it" in done.stdout, done.stderr
 

@@ -92,7 +92,7 @@ def test_a_memory_that_diverged_is_told_in_a_line(settings, tmp_path, quick_comp
     monkeypatch.setattr(Policy, "bits", lambda self, texts, adapters: np.asarray([np.nan]))
     again = config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"])
     for _ in range(2):  # the second time it is read back
-        with quick_compile(), pytest.raises(SealError, match="rounds/1/memory: the bits a token of rest_em.retention.texts are not finite"):
+        with quick_compile(), pytest.raises(SealError, match="rounds/1/memory: the bits a token of .* are not finite"):
             loop.train(again)
 
 

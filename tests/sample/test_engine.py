@@ -331,7 +331,11 @@ def test_what_is_refused(world, adapters):
     good = requests[0]
     for bad, lora_, told in [
         (dataclasses.replace(good, prompt=()), None, "request 1: a prompt without tokens"),
-        (dataclasses.replace(good, prompt=(3, model.spec.vocab_size)), None, f"request 1: tokens \\[{model.spec.vocab_size}\\] in its prompt"),
+        (
+            dataclasses.replace(good, prompt=(3, model.spec.vocab_size)),
+            None,
+            f"request 1: tokens \\[{model.spec.vocab_size}\\] in its prompt",
+        ),
         (dataclasses.replace(good, max_tokens=0), None, "request 1: max_tokens=0"),
         (dataclasses.replace(good, temperature=float("inf")), None, "request 1: temperature=inf"),
         (dataclasses.replace(good, temperature=-1.0), None, "request 1: temperature=-1.0"),

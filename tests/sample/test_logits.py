@@ -143,7 +143,9 @@ def test_a_row_of_which_nothing_can_be_drawn_takes_what_is_allowed():
     logits[:3] = np.nan
     logits[1, :37] = -np.inf
     logits[2] = -np.inf
-    sampling = Sampling(np.stack([rng.words(0, i) for i in range(4)]), np.ones(4, np.float32), np.full(4, 0.9, np.float32), np.zeros(4, np.int32))
+    sampling = Sampling(
+        np.stack([rng.words(0, i) for i in range(4)]), np.ones(4, np.float32), np.full(4, 0.9, np.float32), np.zeros(4, np.int32)
+    )
     found = picked(logits, sampling, np.zeros(4, np.int32)).tolist()
     assert found[:3] == [0, 37, 0]
     assert found[3] == picked(logits[3:], jax.tree.map(lambda x: x[3:], sampling), np.zeros(1, np.int32))[0] != np.argmax(logits[3])
