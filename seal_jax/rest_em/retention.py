@@ -81,8 +81,8 @@ def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Cont
     known = store.once(unit, measured)
     if known["bits"] is None or not math.isfinite(known["bits"]):
         raise SealError(
-            f"{unit}: the bits a token of rest_em.retention.texts are not finite under the policy and what it is to remember: a fit diverged; "
-            "lower fit.learning_rate or, if it was the round before, m_step.learning_rate"
+            f"{unit}: the bits a token of rest_em.retention.texts are not finite under the policy and what it is to remember: a fit "
+            "diverged; lower fit.learning_rate or, if it was the round before, m_step.learning_rate"
         )
     return Memory(None if held is None else held.placed(), tuple(contexts), texts, known["accuracy"], known["bits"])
 

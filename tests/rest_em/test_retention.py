@@ -1,5 +1,6 @@
 """Rewards that count what an edit does to passages learnt before and to texts about no passage."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -83,16 +84,16 @@ def test_nothing_usable_to_remember_leaves_the_memory_empty(settings, tmp_path, 
     blank = lambda self, prompts, keys, *rest: [["\n"] for _ in keys] if "memory" in keys[0][0] else real(self, prompts, keys, *rest)  # noqa: E731
     monkeypatch.setattr(Policy, "write", blank)
     with quick_compile():
-        loop.train(config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"]))
+        loop.train(dataclasses.replace(settings, run_dir=str(tmp_path / "run")))
     assert "none of the 1 self-edits to remember is usable" in caplog.text
     assert units(tmp_path / "run")["rounds/1/memory"]["bits"] > 0
 
 
 def test_a_memory_that_diverged_is_told_in_a_line(settings, tmp_path, quick_compile, monkeypatch):
     monkeypatch.setattr(Policy, "bits", lambda self, texts, adapters: np.asarray([np.nan]))
-    again = config.load(f"{settings.run_dir}/config.yaml", ["evaluate.during_training=false", f"run_dir={tmp_path / 'run'}"])
+    again = dataclasses.replace(settings, run_dir=str(tmp_path / "run"))
     for _ in range(2):  # the second time it is read back
-        with quick_compile(), pytest.raises(SealError, match="rounds/1/memory: the bits a token of .* are not finite"):
+        with quick_compile(), pytest.raises(SealError, match=r"rounds/1/memory: the bits a token of .* are not finite"):
             loop.train(again)
 
 
