@@ -112,11 +112,14 @@ class Tokenizer:
         return self.encode_prompt(prompt), [*self.encode(completion, add_special_tokens=False), self.eos_ids[0]]
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that the chat template makes of `messages`, up to the opened assistant's turn."""
+        """The text that the chat template makes of `messages`, up to the opened assistant's turn; without thoughts, where the template can
+        leave them out (Qwen3), since what follows is taken for the self-edit, or the answer."""
         if not self.backend.chat_template:
             raise SealError(f"{self.where}: the model has no chat template; use a text prompt, or an instruction-tuned model")
         try:
-            return self.backend.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=True)
+            return self.backend.apply_chat_template(
+                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         except Exception as error:  # jinja's own errors and whatever a template raises by raise_exception
             raise SealError(f"{self.where}: the chat template refuses the messages: {one_line(error)}") from None
 

@@ -144,6 +144,15 @@ def test_a_completion_ends_with_the_end_token_and_is_not_merged_with_the_prompt(
     assert tokenizer.encode_completion(HELLO, "Yes.")[0] == tokenizer.encode_prompt(HELLO)
 
 
+def test_a_template_that_thinks_is_asked_not_to(make_tokenizer):
+    """As Qwen3's, which opens the turn with an empty thought then."""
+    backend = make_tokenizer()
+    backend.chat_template = (
+        "{{ messages[0].content }}\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    assert Tokenizer(backend).render(HELLO.messages) == "Who counted the lamps?\n<think></think>"
+
+
 def test_without_a_chat_template_messages_are_refused(make_tokenizer):
     backend = make_tokenizer()
     backend.chat_template = None
