@@ -321,6 +321,8 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
     schema = OmegaConf.structured(RunConfig)
     schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
+    for item in overrides:
+        _keep_texts(schema, given, item)
     config = fill(schema, given, where)
     assert isinstance(config, RunConfig)
     limits.check(config, where)
@@ -347,6 +349,16 @@ def override(given: Any, item: str) -> Any:
         raise SealError(f"override {item!r}: not readable as YAML: {' '.join(str(error).split())}") from None
     except (omegaconf.errors.OmegaConfBaseException, TypeError, ValueError):
         raise SealError(f"override {item!r}: does not fit what the config has there; a list is set as a whole: key=[1,2]") from None
+
+
+def _keep_texts(schema: Any, given: Any, item: str) -> None:
+    """Has a list of texts that an override gives hold what was written: ids like 855e0971 or 00576224 are numbers to YAML."""
+    key, _, value = item.partition("=")
+    node = schema
+    for part in key.split("."):
+        node = node._get_node(part) if OmegaConf.is_dict(node) and not node._is_none() and part in node else None
+    if OmegaConf.is_list(node) and node._metadata.element_type is str and isinstance(written := yaml.load(value, yaml.BaseLoader), list):
+        OmegaConf.update(given, key, written)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -394,5 +406,11 @@ def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
         elif OmegaConf.is_list(here) and (not OmegaConf.is_list(there) or there._is_none()):
             example = "a,b" if here._is_none() or not here else ", ".join(map(str, here[:2]))
             raise SealError(f"{where}: {full}={given[key]!r}: expected a list, as in [{example}]")
+        elif (
+            OmegaConf.is_list(here)
+            and here._metadata.element_type is str
+            and (numbers := [x for x in given[key] if not isinstance(x, str)])
+        ):
+            raise SealError(f"{where}: {full}: {numbers[0]!r} is read as no text; put what was meant in quotes")
         elif not OmegaConf.is_list(here) and (OmegaConf.is_dict(there) or OmegaConf.is_list(there)):
             raise SealError(f"{where}: {full}={OmegaConf.to_container(there)!r}: expected a single value")

@@ -118,6 +118,15 @@ def test_a_list_or_a_mapping_may_be_null_where_its_type_says_so():
     assert said == "config: task.train_ids='a': expected a list, as in [a,b]"
 
 
+def test_texts_that_look_like_numbers_stay_texts():
+    """Ids of ARC puzzles are hexadecimal."""
+    plain = {"task": {"name": "arc"}}
+    found = config_lib.build(plain, ["task.train_ids=[855e0971,00576224]", "task.validation_ids=[ '5117e062' , 12]", "task.permutations=1"])
+    assert found.task.train_ids == ["855e0971", "00576224"] and found.task.validation_ids == ["5117e062", "12"]
+    said = refusal(lambda: config_lib.build({"task": {"name": "arc", "train_ids": ["a", 195732]}}))
+    assert said == "config: task.train_ids: 195732 is read as no text; put what was meant in quotes"
+
+
 def test_a_list_of_the_config_is_set_as_a_whole():
     said = refusal(lambda: build("fit.lengths.0=3", fit={"lengths": [8, 16]}))
     assert "override 'fit.lengths.0=3'" in said and "a list is set as a whole" in said

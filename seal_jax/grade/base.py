@@ -83,5 +83,8 @@ def parse_yes_no(text: str) -> bool:
 
 
 def verdict_of(text: str) -> bool | None:
-    """`parse_yes_no`, but None for a reply that has neither word."""
-    return parse_yes_no(text) if _YES_NO.search(text) else None
+    """`parse_yes_no` of what follows the thoughts that a reply may begin with, but None if that has neither word, or never comes."""
+    _, closed, said = text.rpartition("</think>")
+    if not closed and "<think>" in said:
+        return None
+    return parse_yes_no(said) if _YES_NO.search(said) else None

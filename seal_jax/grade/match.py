@@ -1,6 +1,6 @@
 """The offline grader: how much of the reference answer does the prediction say?
 
-1. Equal after SQuAD's normalisation (Rajpurkar et al. 2016: lower case, no punctuation, no articles): right.
+1. Equal after SQuAD's normalisation (Rajpurkar et al. 2016: lower case, no punctuation, no articles), and in their numbers: right.
 2. Otherwise both are cut into words. Stopwords, and words that the question has already said, count for nothing in the reference,
    unless nothing else is left of it. The share of the remaining words that the prediction has must reach `threshold`.
 3. If the reference is a list ("A, B and C"), at least half of each entry must be there as well: leaving one out is wrong.
@@ -48,7 +48,9 @@ NUMERALS = (
 _PARENTHESES = re.compile(r"\([^()]*\)")
 _SEPARATOR = re.compile(r",(?!\d{3}(?!\d))|;|&|\band\b", re.IGNORECASE)
 _DOTTED = re.compile(r"\b(?:[a-z]\.){2,}")
-_WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
+# Marks that stand for vowels, say, belong to their word (Devanagari, Tamil); those that `words` takes for accents are gone by then.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M" and not unicodedata.combining(c))
+_WORD = re.compile(rf"(?:(?<![^\W_])-(?=\d))?\d+(?:\.\d+)?|[^\W\d_](?:[^\W\d_]|[{_MARKS}])*")
 
 
 def normalize(text: str) -> str:
@@ -60,7 +62,7 @@ def normalize(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words and numbers of a text in order: no case, accents, possessives or articles; numerals as digits."""
     text = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    text = re.sub(r"['’]s?\b", "", text)
+    text = re.sub(r"['’]s?\b", "", text).replace("−", "-")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
     text = _DOTTED.sub(lambda m: m.group().replace(".", ""), text).replace("%", " percent ")
@@ -79,7 +81,11 @@ def words(text: str) -> list[str]:
 
 
 def _is_number(word: str) -> bool:
-    return word[0].isdigit()
+    return word[-1].isdigit()
+
+
+def _numbers(text: str) -> list[str]:
+    return [word for word in words(text) if _is_number(word)]
 
 
 class _Prediction:
@@ -107,7 +113,9 @@ def matches(question: str, gold: str, prediction: str, threshold: float = 0.6) -
     """Whether the prediction says the gold answer, by the rule at the top of this file. Any text will do; nothing is raised."""
     if not prediction.strip():
         return False
-    if gold.strip().casefold() == prediction.strip().casefold() or (normalize(gold) and normalize(gold) == normalize(prediction)):
+    if gold.strip().casefold() == prediction.strip().casefold():
+        return True
+    if normalize(gold) and normalize(gold) == normalize(prediction) and _numbers(gold) == _numbers(prediction):
         return True
     main = _PARENTHESES.sub(" ", gold)
     gold = main if words(main) else gold

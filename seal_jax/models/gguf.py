@@ -68,7 +68,11 @@ def read_head(path: str | os.PathLike[str]) -> tuple[DecoderSpec, dict[str, Any]
         raise SealError(f"{path}: not a readable GGUF file ({one_line(error)}); fetch it again") from None
     where = str(path)
     tokenizer = Tokenizer.from_gguf_metadata(fields, where)
-    return dataclasses.replace(_spec(fields, tensors, where), eos_ids=tokenizer.eos_ids), tensors, tokenizer
+    spec = dataclasses.replace(_spec(fields, tensors, where), eos_ids=tokenizer.eos_ids)
+    known = {_named(name) for leaf in leaves(spec) for name in leaf.names(spec)}
+    if strange := sorted(tensors.keys() - known):
+        raise SealError(f"{where}: tensor {strange[0]} has no place in the {spec.model_type} model of the metadata")
+    return spec, tensors, tokenizer
 
 
 def _spec(fields: dict[str, Any], tensors: dict[str, Any], where: str) -> DecoderSpec:
@@ -128,14 +132,18 @@ def _read(leaf: Leaf, spec: DecoderSpec, tensors: dict[str, Any], where: str) ->
     return out
 
 
+def _named(hf_name: str) -> str:
+    """What a GGUF file calls a tensor."""
+    module, _, kind = hf_name.rpartition(".")
+    if not module.startswith("model.layers."):
+        return f"{NAMES[module]}.{kind}"
+    layer, part = module.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
 def _dequantise(leaf: Leaf, hf_name: str, spec: DecoderSpec, tensors: dict[str, Any], where: str) -> np.ndarray:
     """One tensor as a float32 array in the decoder's layout, without the axis of layers."""
-    module, _, kind = hf_name.rpartition(".")
-    if module.startswith("model.layers."):
-        layer, part = module.removeprefix("model.layers.").split(".", 1)
-        name = f"blk.{layer}.{NAMES[part]}.{kind}"
-    else:
-        name = f"{NAMES[module]}.{kind}"
+    name = _named(hf_name)
     if name not in tensors:
         raise SealError(f"{where}: tensor {name} is missing; the file is incomplete or of another architecture")
     tensor = tensors[name]

@@ -26,6 +26,8 @@ from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.models.tree import Leaf, get, leaves, nest
 
 Sharding = Callable[[tuple[str, ...], tuple[int, ...]], "jax.sharding.Sharding | None"]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROWS = 4096  # of two tensors that are compared, in memory at once
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HUB_SECONDS = 10.0  # for the hub to answer
 FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -168,13 +170,27 @@ class _Tensors:
                     raise SealError(f"{where}: tensor {name} has shape {piece.get_shape()}; config.json asks for {list(leaf.stored_shape)}")
                 if piece.get_dtype() not in FLOATS:
                     raise SealError(f"{where}: tensor {name} is stored as {piece.get_dtype()}; supported: {', '.join(sorted(FLOATS))}")
-        if spec.tie_embeddings:
-            known.add("lm_head.weight")  # a copy of the embedding in some files
+        if spec.tie_embeddings and HEAD in self.file_of:
+            known.add(HEAD)
+            if not self._same(HEAD, EMBEDDING):
+                raise SealError(
+                    f"{self.folder / self.file_of[HEAD]}: {HEAD} is not the embedding, as config.json says; set tie_word_embeddings "
+                    "to false there to use it, or take it out of the file"
+                )
         for name in sorted(self.file_of):
             if name not in known and not IGNORED.fullmatch(name):
                 raise SealError(
                     f"{self.folder / self.file_of[name]}: tensor {name} has no place in the {spec.model_type} model of config.json"
                 )
+
+    def _same(self, *names: str) -> bool:
+        """Whether tensors are equal, some rows at a time."""
+        pieces = [self.handles[self.file_of[name]].get_slice(name) for name in names]
+        first = pieces[0].get_shape()
+        parts = (slice(i, min(i + ROWS, first[0])) for i in range(0, first[0], ROWS))
+        return all(p.get_shape() == first for p in pieces) and all(
+            np.array_equal(*(p[part].astype(np.float32) for p in pieces), equal_nan=True) for part in parts
+        )
 
     def read(self, leaf: Leaf, index: tuple[slice, ...], spec: DecoderSpec, dtype: Any) -> np.ndarray:
         """The part of `leaf` that `index` selects, in `dtype`; only that part is read."""

@@ -45,19 +45,20 @@ def load_model(config: ModelConfig, sharding: hf.Sharding | None = None, key: st
     return Model(spec, params, tokenizer, config.name)
 
 
-def check_model(config: ModelConfig, key: str = "model.name") -> DecoderSpec:
-    """Raises `SealError` where `load_model` would, as far as can be told without reading weights; a hub id is fetched. Else its spec."""
+def read_head(config: ModelConfig, key: str = "model.name") -> tuple[DecoderSpec, Tokenizer]:
+    """The spec and the tokenizer of the model, which is fetched if it is a hub's. Raises `SealError` where `load_model` would, as far as
+    can be told without reading weights."""
     resolve_dtype(config.dtype)
     path = _fetched(config.name, key)
     if path.is_file():
-        from seal_jax.models.gguf import read_head
+        from seal_jax.models import gguf
 
-        spec, _, tokenizer = read_head(path)
+        spec, _, tokenizer = gguf.read_head(path)
     else:
         spec, tokenizer = hf.read_spec(path)
         hf.check_params(path, spec)
     _check_ids(path, spec, tokenizer)
-    return spec
+    return spec, tokenizer
 
 
 def _fetched(name: str, key: str) -> Path:

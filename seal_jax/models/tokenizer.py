@@ -190,7 +190,8 @@ class Tokenizer:
             return None if i is None else tokens[i]
 
         bos = named("bos")
-        if fields.get("tokenizer.ggml.add_bos_token") and bos is not None:
+        # What llama.cpp does where the file says nothing.
+        if fields.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
             backend.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]
             )

@@ -47,8 +47,9 @@ def _paragraphs(content: str) -> list[str]:
 def _listed(content: str, source: str) -> list[str]:
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SealError(f"general text {source}: not readable as JSON: {error}") from None
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise SealError(f"general text {source}: expected a JSON list of strings")
-    return [text.strip() for text in found if text.strip()]
+    # Half a surrogate pair, which JSON can spell, is no character, and no tokenizer takes it.
+    return [text.strip().encode("utf-8", "replace").decode() for text in found if text.strip()]

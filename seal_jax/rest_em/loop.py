@@ -108,7 +108,9 @@ def choose(config: RunConfig, records: Sequence[dict[str, Any]]) -> dict[str, An
     kept = []
     for record in records:
         by = "reward" if config.rest_em.select == "right" else "score"  # a score is there where rewards count what an edit harms
-        candidates = [Candidate(e["candidate"], e["text"], e.get(by, e["reward"])) for e in record["edits"]]
+        # What cannot be used counts 0 as a reward and is never kept, not even where all have 0: it would teach what is no self-edit.
+        rewards = [None if e.get("problem") else e.get(by, e["reward"]) for e in record["edits"]]
+        candidates = [Candidate(e["candidate"], e["text"], reward) for e, reward in zip(record["edits"], rewards, strict=True)]
         unadapted = record["methods"][NONE][0]["reward"]
         for index in select(config.rest_em.select, candidates, config.rest_em.keep, unadapted):
             edit = next(e for e in record["edits"] if e["candidate"] == index)

@@ -88,7 +88,8 @@ def measure(
                 cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
                 # An unusable edit harms nothing; it must not be better for that than one that does some good.
                 edit["score"] = None if edit["reward"] is None or edit["problem"] else edit["reward"] - cost
-            records.append(record(task, context, methods, edited))
+            unmade = {m: data.problem for m, data in sets[i].items() if isinstance(m, str) and data.problem}
+            records.append(record(task, context, methods, edited) | ({"unmade": unmade} if unmade else {}))
         return {"contexts": records, "seconds": clock.seconds}
 
     return told() if wait is None else told

@@ -88,18 +88,22 @@ def restore(policy: Policy, store: RunStore, number: int) -> None:
 
 def usable(policy: Policy, task: Task, contexts: Sequence[Context], split: str) -> list[Context]:
     """The contexts whose prompts all fit the model's context. The others are counted in a warning, which a run's log keeps."""
-    fitting = []
+    fitting, others = [], []
     with bar(f"reading the {split} contexts", len(contexts), "context") as progress:
         for context in contexts:
             if all(policy.prompt_fits(prompt) for prompt in (task.edit_prompt(context), *task.probes(context))):
                 fitting.append(context)
+            else:
+                others.append(context.id)
             progress.update()
     reason = f"prompt that leaves no room for an answer within {policy.max_length} tokens"
     if not fitting:
         raise SealError(f"task.{split}: no usable context: all {len(contexts)} have a {reason}; raise model.max_length if the model allows")
-    if count := len(contexts) - len(fitting):
-        skipped = [{"source": f"task.{split}", "reason": f"context with a {reason}", "count": count}]
-        log.warning("task.%s: %d of %d contexts skipped: each has a %s", split, count, len(contexts), reason, extra={"skipped": skipped})
+    if others:
+        skipped = [{"source": f"task.{split}", "reason": f"context with a {reason}", "count": len(others)}]
+        named = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        said = "task.%s: %d of %d contexts skipped: each has a %s: %s"
+        log.warning(said, split, len(others), len(contexts), reason, named, extra={"skipped": skipped})
     return fitting
 
 
@@ -113,11 +117,13 @@ def grader(config: RunConfig) -> Grader:
             with _of_the_judge():
                 settings = dataclasses.replace(config, model=model, answer=dataclasses.replace(config.answer, max_tokens=8))
                 judge.append(load_policy(settings, JUDGE))
-        return judge[0].answer([prompts], what="judging")[0]
+        with _of_the_judge():
+            return judge[0].answer([prompts], what="judging")[0]
 
     def check() -> None:
         with _of_the_judge():
-            load.check_model(model, JUDGE)
+            _, tokenizer = load.read_head(model, JUDGE)
+            tokenizer.render([{"role": "user", "content": "Is it so?"}])
 
     found = grade.build(config.grade, generate, check)
     return _AskedOnce(found) if config.grade.name == "endpoint" else found
@@ -129,7 +135,7 @@ def judge_bytes(config: RunConfig, mesh: Mesh) -> int:
         return 0
     model = _judging(config)
     with _of_the_judge():
-        spec = load.check_model(model, JUDGE)
+        spec, _ = load.read_head(model, JUDGE)
     return cost.shard_bytes(abstract(spec, resolve_dtype(model.dtype), mesh_lib.parameter_sharding(mesh)))
 
 

@@ -17,8 +17,10 @@ from seal_jax.tasks.base import Figure
 EDIT = "passage + self-edit"
 
 
-def bootstrap(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of `values` [n], resampled over contexts with replacement."""
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % percentile interval of the mean of `values` [n], resampled over contexts with replacement; one alone has none."""
+    if len(values) == 1:
+        return None, None
     draws = rng.generator(seed, "bootstrap").integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
@@ -106,6 +108,9 @@ def table(
         said.append(f"mean of K: over the K = {edits} self-edits of each context; single: rows without self-edits")
     if edits > 1 and seeds > 1:
         said.append(f"best of K: of {edits} self-edits the best on seed 0, scored on the other seeds")
+    for method in next(iter(first))["methods"] if first else ():
+        if unmade := [c["unmade"][method] for c in first if method in c.get("unmade", {})]:
+            said.append(f"{(names or {}).get(method, method)}: without {len(unmade)} of {len(first)} contexts, as of one: {unmade[0]}")
     below = dict.fromkeys(figure.note for figure in beside if figure.note)
     if beside:
         said.append("rows of other files were measured with their own model, contexts and grader, so that they have no gain")

@@ -30,3 +30,10 @@ def test_prompt_strips_the_prediction_and_keeps_braces():
 def test_verdict_of(text, expected):
     assert base.verdict_of(text) is expected
     assert base.parse_yes_no(text) is (expected is True)
+
+
+def test_the_thoughts_of_a_reply_are_no_verdict():
+    assert base.verdict_of("<think>\nIs it no? There is no other.\n</think>\n\nYes.") is True
+    assert base.verdict_of("It is yes.</think>no") is False
+    assert base.verdict_of("<think>Yes, I think that the") is None, "cut short"
+    assert base.verdict_of("<think>yes</think>") is None

@@ -145,6 +145,7 @@ def test_quantised_tensors_come_back_near_enough(tmp_path, make_gguf_fields, kin
     [
         ({"skip": ["blk.1.ffn_up.weight"]}, "tensor blk.1.ffn_up.weight is missing"),
         ({"extra": [("blk.0.ffn_up.weight", np.zeros((8, 32), np.float32))]}, "blk.0.ffn_up.weight has shape"),
+        ({"extra": [("blk.0.attn_q.bias", np.zeros(64, np.float32))]}, "blk.0.attn_q.bias has no place in the llama model"),
         ({"extra": [("rope_freqs.weight", np.ones(8, np.float32))]}, "scaled RoPE"),
         ({"keys": {"general.architecture": "gemma"}}, "general.architecture='gemma'"),
         ({"keys": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn'"),

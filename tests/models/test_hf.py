@@ -187,6 +187,21 @@ def test_tensors_that_do_not_fit_are_named_with_their_file(copy, change, told):
     assert str(copy) in str(error.value)
 
 
+def test_an_output_embedding_that_is_said_to_be_the_input_embedding_must_be(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf, "ROWS", 100)
+    copy = shutil.copytree(checkpoints["smollm2"], tmp_path / "copy")
+    rewrite(copy, lambda t: t.update({hf.HEAD: t[hf.EMBEDDING]}))
+    hf.read_folder(copy)
+    other = load_file(copy / hf.SINGLE)[hf.EMBEDDING].copy()
+    other[-1, -1] += 1
+    rewrite(copy, lambda t: t.update({hf.HEAD: other}))
+    with pytest.raises(SealError, match=r"lm_head.weight is not the embedding, as config.json says; set tie_word_embeddings to false"):
+        hf.read_folder(copy)
+    rewrite(copy, lambda t: t.update({hf.HEAD: other[:-1]}))
+    with pytest.raises(SealError, match=r"lm_head.weight is not the embedding"):
+        hf.read_folder(copy)
+
+
 def test_damaged_and_incomplete_folders(copy, checkpoints, tmp_path):
     data = (copy / hf.SINGLE).read_bytes()
     (copy / hf.SINGLE).write_bytes(data[:-100])

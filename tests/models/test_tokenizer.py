@@ -103,6 +103,10 @@ def test_words_are_cut_as_the_family_does(gguf_fields, pre, text, words):
 
 
 def test_a_beginning_of_text_token_is_added_where_the_file_says_so(gguf_fields, tokenizer_of_gguf):
+    silent = {key: value for key, value in gguf_fields.items() if key != "tokenizer.ggml.add_bos_token"}
+    llama3 = Tokenizer.from_gguf_metadata({**silent, "tokenizer.ggml.pre": "llama-bpe"})
+    assert llama3.encode("Yes.")[0] == gguf_fields["tokenizer.ggml.bos_token_id"], "as llama.cpp, where the file does not say"
+    assert gguf_fields["tokenizer.ggml.bos_token_id"] not in Tokenizer.from_gguf_metadata(silent).encode("Yes.")
     adding = Tokenizer.from_gguf_metadata({**gguf_fields, "tokenizer.ggml.add_bos_token": True})
     plain = tokenizer_of_gguf.encode("Yes.")
     assert adding.encode("Yes.") == [0, *plain]

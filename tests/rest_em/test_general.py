@@ -24,6 +24,12 @@ def test_strings_of_a_json_file(tmp_path):
     assert texts(str(path)) == ["One.\n\nStill one.", "Two."]
 
 
+def test_half_a_surrogate_pair_is_no_character(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('["a \\ud800 b"]')
+    assert texts(str(path)) == ["a ? b"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
@@ -34,6 +40,7 @@ def test_strings_of_a_json_file(tmp_path):
         ("a.json", b'["a", 1]', "expected a JSON list of strings"),
         ("a.json", b'{"a": "b"}', "expected a JSON list of strings"),
         ("a.json", b"[", "not readable as JSON"),
+        ("a.json", b"[" * 100_000, "not readable as JSON"),
         ("a.csv", b"a", "expected 'general', or a .txt or .json file"),
         ("generall", None, "expected 'general', or a .txt or .json file"),
     ],

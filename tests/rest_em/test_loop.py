@@ -131,6 +131,17 @@ def test_choose_by_each_rule(base):
     assert [k[:2] for k in kept(select="gain")] == [("a", 1), ("a", 2)]
 
 
+def test_an_unusable_self_edit_is_never_kept(base):
+    """Not even where all earn nothing, and it is the first of them: it would teach what is no self-edit."""
+    first = record("a", 0.0, 0.0, 0.0)
+    first["edits"][0]["problem"] = "no usable line in the self-edit"
+    for select, kept in (("best", [1]), ("top", [1])):
+        config = dataclasses.replace(base, rest_em=dataclasses.replace(base.rest_em, select=select, keep=2))
+        assert [k["candidate"] for k in loop.choose(config, [first])["kept"]] == kept
+    first["edits"][1]["problem"] = "the same"
+    assert not loop.choose(base, [first])["kept"]
+
+
 def test_a_round_that_keeps_nothing_leaves_the_policy_as_it_is(stage, base, tmp_path):
     nobody = with_config(stage, rest_em={"select": "gain"})
     params = nobody.policy.params

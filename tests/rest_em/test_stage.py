@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -24,7 +25,10 @@ def test_contexts_with_prompts_too_long_are_skipped_and_counted(base, caplog):
     contexts = [long, *stage.contexts["train"], asked]
     assert stage_lib.usable(stage.policy, stage.task, contexts, "train") == stage.contexts["train"]
     (message,) = caplog.messages
-    assert message == "task.train: 2 of 6 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens"
+    assert (
+        message
+        == "task.train: 2 of 6 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens: long, 00001-vell"
+    )
     assert caplog.records[0].skipped[0]["count"] == 2
     with pytest.raises(
         SealError, match=r"task.train: no usable context: all 2 have a prompt that leaves no room .* raise model.max_length"
@@ -54,6 +58,18 @@ def test_a_judge_that_cannot_be_loaded_is_found_before_a_policy_is(base, tiny_mo
     stage_lib.grader(judged(base, folder)).check()
     (folder / lost).unlink()
     with pytest.raises(SealError, match=rf"^grade.model, the judge: {folder}"):
+        stage_lib.build(judged(base, folder), ("train",))
+
+
+def test_a_judge_without_a_chat_template_is_found_before_a_policy_is(base, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "judge")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if name.endswith("jinja"):
+            (folder / name).unlink(missing_ok=True)
+        else:
+            told = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps({key: value for key, value in told.items() if key != "chat_template"}))
+    with pytest.raises(SealError, match=rf"^grade.model, the judge: {folder}: the model has no chat template"):
         stage_lib.build(judged(base, folder), ("train",))
 
 

@@ -33,7 +33,7 @@ def rows_of(result):
 def test_bootstrap_of_known_cases():
     assert bootstrap(np.full(7, 0.3), 100, 0) == (pytest.approx(0.3), pytest.approx(0.3))
     assert bootstrap(np.asarray([0.0, 1.0]), 1000, 0) == (0.0, 1.0)
-    assert bootstrap(np.asarray([0.4]), 10, 0) == (0.4, 0.4)
+    assert bootstrap(np.asarray([0.4]), 10, 0) == (None, None), "one says nothing of others"
     # For many values it is the normal interval: 1.96 standard errors to both sides.
     values = np.tile([0.0, 1.0], 200)
     low, high = bootstrap(values, 20000, 0)
@@ -99,6 +99,19 @@ def test_means_and_paired_gains():
     assert (gain["contexts"], gain["questions"], gain["ungraded"]) == (2, 4, 0)
     text = format_table(result)
     assert "62.5" in text and "+37.5" in text and "best of K: of 2 self-edits the best on seed 0, scored on the other seeds" in text
+
+
+def test_one_context_alone_has_no_interval():
+    rows = rows_of(table({"base": [context(0.0, [0.5], edit(0, 1.0))]}, seeds=1, edits=1, resamples=10, seed=0))
+    for row in rows.values():
+        assert row["low"] is row["high"] is row["gain_low"] is row["gain_high"] is None and row["mean"] is not None
+
+
+def test_contexts_that_a_baseline_could_not_be_made_for_are_said():
+    whole, unmade = context(0.0, [0.5], edit(0, 1.0)), context(0.0, [], edit(0, 1.0))
+    result = table({"base": [whole, unmade | {"unmade": {"passage only": "9 training steps"}}]}, seeds=1, edits=1, resamples=10, seed=0)
+    assert rows_of(result)["base", "passage only", "single"]["contexts"] == 1
+    assert "passage only: without 1 of 2 contexts, as of one: 9 training steps" in result["notes"]
 
 
 def test_ungraded_answers_are_counted_and_never_wrong():

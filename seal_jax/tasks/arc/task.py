@@ -125,8 +125,10 @@ class ArcTask:
 
     def _score(self, puzzle: Puzzle, outputs: Sequence[str]) -> Score:
         read = [(q.inverter, messages.decode(text, q.inverter)) for q, text in zip(self._queries(puzzle), outputs, strict=True)]
-        attempts = vote([(inverter, grid) for inverter, grid in read if grid is not None])
-        return Score.of([puzzle.test.output in attempts], [" ".join(map(view.grid_code, attempts))])
+        legible = [(inverter, grid) for inverter, grid in read if grid is not None]
+        attempts = vote(legible)
+        # Without an answer that can be read the attempts are blank, which may be a puzzle's output.
+        return Score.of([bool(legible) and puzzle.test.output in attempts], [" ".join(map(view.grid_code, attempts))])
 
     def text(self, context: Context) -> str:
         return view.puzzle_code(_puzzle(context))

@@ -12,6 +12,7 @@ _QUESTION = re.compile(r"Question\s+\d+:")
 _ANSWER = re.compile(r"Answer\s*:")
 _NEXT_QUESTION = re.compile(r"\n(?=Question\s+\d+:)")
 
+_THOUGHTS = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)  # of a policy that thinks all the same
 _SENTENCE_END = re.compile(r"""(?<=[.!?])(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St|vs|No)\.)(?<!\b(?:Mrs|etc|Inc)\.)\s+(?=["'“(]?[A-Z0-9])""")
 
 
@@ -48,6 +49,8 @@ def edit_lines(
     line before a list that starts with "1.". `title` lets `drop_headers` drop a line that only repeats the title. `split_sentences` cuts
     what is left once more, for a policy that writes its facts in a paragraph.
     """
+    if drop_headers:
+        completion = _THOUGHTS.sub("", completion)
     stripped = completion.strip()
     dropped = 0
     if split_newlines and _QUESTION.search(completion) and _ANSWER.search(completion):
@@ -82,17 +85,20 @@ def edit_lines(
 def clean_lines(texts: list[str], title: str = "") -> tuple[list[str], int]:
     """The texts without lines that state no fact, and the number of lines left out. A text may have several lines.
 
-    An opening in front of a fact ("Sure! Here is the rewrite: The mill opened ...") is cut off and the fact kept.
+    An opening in front of a fact ("Sure! Here is the rewrite: The mill opened ...") is cut off and the fact kept. What follows a label
+    alone in its line ("Answer:") is its answer, whatever it is.
     """
     kept, dropped = [], 0
     for text in texts:
-        lines, changed = [], False
+        lines, changed, labelled = [], False, False
         for line in text.splitlines():
-            cleaned = _clean(line, title)
+            cleaned = line if labelled and line.strip() else _clean(line, title)
             if cleaned:
                 lines.append(cleaned)
             elif line.strip():
                 dropped += 1
+            if line.strip():
+                labelled = _QA_LABEL.fullmatch(line.strip(_DECORATION)) is not None
             changed |= cleaned != line and bool(line.strip())
         if lines:
             kept.append("\n".join(lines) if changed else text)
@@ -124,7 +130,8 @@ _CHAT = re.compile(
     r"|i can(?:not|'t)? (?:help|assist)\b|i(?:'ve| have) (?:rewritten|listed|written|provided)\b"
     r"|(?:please )?(?:let me know|feel free)\b|would you like (?:me |to |more |any |another )|do you want me to\b"
     r"|if you\b.*\b(?:let me know|feel free|just ask|i can|please ask)\b|is there anything else\b|hope (?:this|that|it) helps\b"
-    r"|you're welcome\b|as an ai\b|thank(?:s| you)(?:[.!,]| for (?:sharing|providing|the|your))"
+    r"|you're welcome\b|as an ai(?:,| (?:language )?(?:model|assistant)\b)"
+    r"|thank(?:s| you)(?:[.!,]| for (?:sharing|providing|(?:the|your) (?:passage|text|question|request|information|details|prompt)))"
     r"|(?:please )?rewrite (?:the|this) (?:following )?passage\b|each sentence (?:states|repeats|must|should)\b",
     re.I,
 )

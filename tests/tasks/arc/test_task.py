@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 
@@ -76,6 +77,14 @@ def test_right_answers_in_every_form_are_voted_right():
     assert none.reward == 0.0 and none.answers == ("0 0",), "nothing readable"
     with pytest.raises(ValueError):
         arc_task.score([(CONTEXT, right[:-1])])
+
+
+def test_nothing_legible_is_wrong_even_where_a_blank_grid_is_right():
+    blank = Puzzle("blank-0", (PAIRS[0], PAIRS[1], PAIRS[2]), dataclasses.replace(PAIRS[3], output=((0,),)))
+    context = Context("blank-0", "blank", blank.to_json())
+    count = len(task().probes(context))
+    (blind, right) = task().score([(context, ["I cannot tell"] * count), (context, ["[[0]]#"] * count)])
+    assert (blind.reward, right.reward) == (0.0, 1.0)
 
 
 def test_what_stands_beside_the_self_edits():

@@ -40,6 +40,18 @@ def test_questions_stay_with_their_answers():
     assert edit_lines(text, drop_headers=False) == (expected, 0)
 
 
+def test_an_answer_on_a_line_of_its_own_is_kept_whatever_it_is():
+    text = "Question 1: Who sang it?\nAnswer:\nBeyoncé\n\nQuestion 2: When?\n**Answer:**\n\n2009\n\nQuestion 3:\nThe list:\nAnswer: 3"
+    assert edit_lines(text, title="Beyoncé") == edit_lines(text, drop_headers=False, title="Beyoncé")
+
+
+def test_thoughts_are_no_facts():
+    assert edit_lines("<think>\nThe user wants facts.\n</think>\n\nOrsk sells salt.") == (["Orsk sells salt."], 0)
+    assert edit_lines("Orsk sells salt.\n<think>\nShould I go on", drop_headers=False)[0][1] == "<think>"
+    assert edit_lines("Orsk sells salt.\n<think>\nShould I go on")[0] == ["Orsk sells salt."]
+    assert edit_lines("<think>Let me see")[0] == []
+
+
 def test_chat_around_questions_is_dropped():
     text = (
         "Sure! Here are the questions:\nQuestion 1: Who?\nAnswer: Ada.\nQuestion 2: When?\nAnswer: 1802.\n\nLet me know if you need more!"
@@ -116,6 +128,8 @@ KEPT = [
     "The Brindle Mill's wheel was a gift of the neighbouring towns to its people:",
     "Facts and figures about the Brindle Mill are kept by Ada Corro.",
     "布林德尔磨坊建于1802年。",
+    "Thank You for the Music is a song by Ada Corro.",
+    "As an AI pioneer, Ada Corro wrote of the Brindle Mill.",
 ]
 
 
