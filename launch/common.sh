@@ -143,7 +143,28 @@ absent() { # absent WHAT COMMAND...: ends here if the command succeeds, so that 
   note "goes on only if this fails, because there is no such thing yet:"
   show "$(quoted "$@")"
   [ "$dry_run" = yes ] && return
-  if "$@" >/dev/null 2>&1; then fail "$what exists already; choose another --name, or --reuse it"; fi
+  local answer
+  if answer=$("$@" 2>&1); then fail "$what exists already; choose another --name, or --reuse it"; fi
+  # Another failure (no connection, no right to look) says nothing of whether it is there.
+  grep -qiE 'not[ _]?found|does not exist|code=404' <<<"$answer" || fail "whether $what exists cannot be told: $(tail -n 1 <<<"$answer")"
+}
+
+claim() { # claim VARIABLE VALUE run COMMAND...: what it makes is this script's to delete, as the variable says, unless somebody has just made it
+  local variable=$1 value=$2 before=${!1} log=build/launch/$name.said status=0
+  shift 2
+  printf -v "$variable" '%s' "$value" # before the command, which a signal may end in the middle
+  if [ "$dry_run" = yes ]; then
+    "$@"
+    return
+  fi
+  mkdir -p build/launch
+  { "$@" 2>&1 >&3 3>&- | tee "$log" >&2 3>&- || status=${PIPESTATUS[0]}; } 3>&1
+  [ "$status" -ne 0 ] || return 0
+  if grep -qiE 'already[ _]?exists' "$log"; then
+    printf -v "$variable" '%s' "$before"
+    fail "it exists already, since a moment; choose another --name"
+  fi
+  return "$status"
 }
 
 told() { # told COMMAND...: what it prints, into `said`; nothing if it fails
@@ -209,10 +230,18 @@ render() { # render TEMPLATE KEY=VALUE...: the template filled in, with NAME and
 
 # The run folder travels as an archive: whole or not at all. Units (*.json) come before the checkpoints that they speak of, so that what is
 # packed while a run goes on is a state that it could have been stopped in; files that are not finished stay behind.
+# Links are made first, in no time, so that what is packed, which takes its time, are the files of one moment; the log alone may grow meanwhile,
+# and tar then says 1.
 pack() { # pack FILE: the shell line that packs runs/NAME, run in the root of the checkout; nothing, if there is no such run
-  local listed="find $name -type f ! -name '.*.tmp' ! -path '*/.*.new*'"
-  printf '%s\n' "mkdir -p runs && cd runs && { $listed -name '*.json'; $listed ! -name '*.json'; } \
-| tar -czf $1 --ignore-failed-read --no-recursion -T -"
+  local copy=.$name.copy
+  local listed="find $copy -type f ! -name '.*.tmp' ! -path '*/.*.new*'"
+  printf '%s\n' "mkdir -p runs && cd runs && rm -rf $copy && mkdir $copy && { cp -al $name/. $copy/ 2>/dev/null || true; } && \
+{ { $listed -name '*.json'; $listed ! -name '*.json'; } | tar -czf $1 --transform 's,^$copy,$name,' --ignore-failed-read --no-recursion -T - \
+|| [ \$? -eq 1 ]; } && rm -rf $copy"
+}
+
+exports() { # exports FILE: the shell line that puts its lines KEY=VALUE into the environment as they are
+  printf '%s\n' "while IFS= read -r line || [ -n \"\$line\" ]; do case \$line in ''|'#'*) ;; *=*) export \"\$line\" ;; esac; done <$1"
 }
 
 earlier() { # whether there is a run folder here to be copied there first
@@ -262,7 +291,7 @@ begin_sync() { # copies results back every so many minutes, since a preempted ma
 }
 
 # A launcher defines fetch (copy the results back) and delete (give the resources back) and, if it wants to, release (give back
-# what --keep is not about), and sets made=yes before it creates anything.
+# what --keep is not about), and creates by `claim made yes`, or after made=yes.
 finish() {
   local status=$?
   trap - EXIT

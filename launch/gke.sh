@@ -96,12 +96,12 @@ if [ "$pool" = yes ]; then
   if [ "$generation" = tpu7x ] && [ "$hosts" -gt 1 ]; then shape=("--placement-policy=$name") && policy=yes; fi
   if [ "$reuse" = no ]; then
     absent "the node pool $name" gcloud container node-pools describe "$name" "--cluster=$cluster" "${where[@]}"
-    made=yes
     if [ "$policy" = yes ]; then
-      run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT "--accelerator-topology=$topology" \
+      policy=no
+      claim policy yes run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT "--accelerator-topology=$topology" \
         "--region=$region" ${own[@]+"${own[@]}"}
     fi
-    run gcloud container node-pools create "$name" "--cluster=$cluster" "${where[@]}" ${zone:+"--node-locations=$zone"} \
+    claim made yes run gcloud container node-pools create "$name" "--cluster=$cluster" "${where[@]}" ${zone:+"--node-locations=$zone"} \
       "--machine-type=$machine" "${shape[@]}" "--num-nodes=$hosts" ${spot:+--spot}
   fi
 fi
@@ -110,20 +110,17 @@ made=yes
 if [ "$through" = xpk ]; then
   single=() # one process a host: of tpu7x some versions of XPK start two, in two containers
   [ "$generation" != tpu7x ] || single=(--no-use-parallel-containers)
-  job=xpk
-  run xpk workload create "--cluster=$cluster" "--workload=$name" "--zone=$zone" ${own[@]+"${own[@]}"} \
+  claim job xpk run xpk workload create "--cluster=$cluster" "--workload=$name" "--zone=$zone" ${own[@]+"${own[@]}"} \
     "--tpu-type=${accelerator%-*}-$topology" --num-slices=1 ${single[@]+"${single[@]}"} "--docker-image=$image" \
     ${env_file:+"--env-file=$env_file"} "--command=$in_pod"
 else
   if [ -n "$env_file" ]; then
     absent "the secret $name" kubectl get secret "$name"
-    secret=yes
-    run kubectl create secret generic "$name" "--from-env-file=$env_file"
+    claim secret yes run kubectl create secret generic "$name" "--from-env-file=$env_file"
   fi
   manifest=$(COMMAND=$in_pod render jobset.yaml "HOSTS=$hosts" "CHIPS=$host_chips" "LABEL=$label" "TOPOLOGY=$topology" "SPOT=$spot" \
     "IMAGE=$image" "SECRET=${env_file:+$name}")
-  job=jobset
-  run_with_input "$manifest" kubectl create -f -
+  claim job jobset run_with_input "$manifest" kubectl create -f -
 fi
 poll 15 1/0 '.*/[1-9].*' kubectl get jobset "$name" -o \
   'jsonpath={.status.replicatedJobsStatus[0].ready}/{.status.replicatedJobsStatus[0].failed}'

@@ -88,8 +88,7 @@ if [ "$through" = kuberay ]; then
   absent "the RayCluster $name" kubectl get raycluster "$name"
   [ "$spot" = no ] && spot='' || spot=true
   manifest=$(render raycluster.yaml "SLICES=$slices" "HOSTS=$hosts" "CHIPS=$host_chips" "LABEL=$label" "TOPOLOGY=$topology" "SPOT=$spot" "IMAGE=$image")
-  made=yes
-  run_with_input "$manifest" kubectl create -f -
+  claim made yes run_with_input "$manifest" kubectl create -f -
   poll 15 ready failed kubectl get raycluster "$name" -o 'jsonpath={.status.state}'
   capture head kubectl get pods "--selector=ray.io/cluster=$name,ray.io/node-type=head" -o 'jsonpath={.items[0].metadata.name}'
 else
@@ -107,7 +106,7 @@ fi
 [ -z "$env_file" ] || to_head "$env_file" /tmp/seal.env
 
 if [ "$slices" -gt 1 ]; then
-  job="cd $place && ${env_file:+set -a && . /tmp/seal.env && set +a && }\
+  job="cd $place && ${env_file:+$(exports /tmp/seal.env) && }\
 $python -m seal_jax.cli $(quoted "${command[@]:1}" executor.name=ray "executor.workers=$slices" "executor.slice=$tpu")"
 else
   job="cd $place && $python launch/ray_hosts.py --hosts $hosts --resource TPU=$host_chips ${env_file:+--env-file /tmp/seal.env }\
@@ -119,8 +118,8 @@ begin_sync
 status="cd $place && $ray job status $address $name"
 if [ "$through" = kuberay ]; then
   background kubectl exec "$head" -- bash -c "cd $place && $ray job logs $address --follow $name"
-  poll 30 '.*succeeded.*' '.*(failed|stopped).*' kubectl exec "$head" -- bash -c "$status"
+  poll 30 ".*' succeeded.*" ".*' (failed|was stopped).*" kubectl exec "$head" -- bash -c "$status"
 else
   background ray exec "$file" "cd $place && $ray job logs $address --follow $name"
-  poll 30 '.*succeeded.*' '.*(failed|stopped).*' ray exec "$file" "$status"
+  poll 30 ".*' succeeded.*" ".*' (failed|was stopped).*" ray exec "$file" "$status"
 fi

@@ -10,6 +10,7 @@ is taken to all, and it comes back from the one where it grew. One in a bucket (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import pathlib
@@ -51,21 +52,32 @@ class Host:
 
     def results(self) -> bytes | None:
         """The run folder as an archive; None if nothing was written here."""
-        files = [path for path in pathlib.Path(self.folder).rglob("*") if path.is_file()]
-        return pack(self.folder) if any(path.stat().st_mtime >= self.started for path in files) else None
+        for path in there(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime >= self.started:
+                    return pack(self.folder)
+        return None
+
+    def node(self) -> str:
+        """The machine, as Ray names it."""
+        import ray
+
+        return ray.get_runtime_context().get_node_id()
+
+
+def there(folder: str) -> list[pathlib.Path]:
+    """The files in `folder`, as far as they do not come and go meanwhile."""
+    return [pathlib.Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
 
 
 def pack(folder: str) -> bytes:
     """`folder` as an archive. Units (*.json) first, then the checkpoints that they speak of; files that are not finished stay behind."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w:gz", compresslevel=1) as archive:
-        found = [path for path in pathlib.Path(folder).rglob("*") if not path.match(".*.tmp") and ".new" not in "".join(hidden(path))]
+        found = [path for path in there(folder) if not path.match(".*.tmp") and ".new" not in "".join(hidden(path))]
         for path in sorted(found, key=lambda path: path.suffix != ".json"):
-            try:
-                if path.is_file():
-                    archive.add(path, recursive=False)
-            except FileNotFoundError:  # replaced meanwhile
-                continue
+            with contextlib.suppress(FileNotFoundError):  # replaced meanwhile
+                archive.add(path, recursive=False)
     return data.getvalue()
 
 
@@ -131,8 +143,11 @@ def main(argv: list[str]) -> int:
     told = environments(kind, ray.get(hosts[0].address.remote()), given.hosts)
     ray.get([host.start.remote(given.arguments, {**more, **own}, before) for host, own in zip(hosts, told, strict=True)])
 
+    own, nodes = ray.get_runtime_context().get_node_id(), ray.get([host.node.remote() for host in hosts])
+
     def fetch() -> None:
-        for archive in ray.get([host.results.remote() for host in hosts]):
+        """From the other machines: a host that is this one has written here."""
+        for archive in ray.get([host.results.remote() for host, node in zip(hosts, nodes, strict=True) if node != own]):
             if archive is not None:
                 unpack(archive)
 
@@ -144,7 +159,10 @@ def main(argv: list[str]) -> int:
             fetch()
             return max((abs(code) for code in codes if code is not None), default=0)
         if time.monotonic() - fetched >= SYNC:
-            fetch()
+            try:
+                fetch()
+            except Exception as error:  # of a host, as Ray raises it
+                print(f"this copy of the results failed ({' '.join(str(error).split())[:200]}); the next may not", file=sys.stderr)
             fetched = time.monotonic()
         time.sleep(POLL)
 

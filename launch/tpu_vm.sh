@@ -71,12 +71,10 @@ if [ "$reuse" = yes ]; then
   made=yes
 elif [ "$direct" = yes ]; then
   absent "the TPU VM $name" "${vm[@]}" describe "$name" "${where[@]}"
-  made=yes
-  run "${vm[@]}" create "$name" "${where[@]}" "${kind[@]}" "--version=$runtime"
+  claim made yes run "${vm[@]}" create "$name" "${where[@]}" "${kind[@]}" "--version=$runtime"
 else
   absent "the queued resource $name" "${queue[@]}" describe "$name" "${where[@]}"
-  made=yes
-  run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" "${kind[@]}" "--runtime-version=$runtime"
+  claim made yes run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" "${kind[@]}" "--runtime-version=$runtime"
   poll 30 ACTIVE 'FAILED|SUSPENDING|SUSPENDED|DELETING' "${queue[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'
 fi
 
@@ -86,12 +84,13 @@ there all "mkdir -p seal_jax && tar -xzf source.tgz -C seal_jax && cd seal_jax &
 if earlier; then
   run tar -czf "$files.before.tgz" -C runs "$name"
   copy 0 "$files.before.tgz" "$name:before.tgz"
-  there 0 "mkdir -p seal_jax/runs && tar -xzf before.tgz -C seal_jax/runs"
+  # Not over one that is there already, on a machine that was left, and is newer.
+  there 0 "mkdir -p seal_jax/runs && { [ -d seal_jax/runs/$name ] || tar -xzf before.tgz -C seal_jax/runs; }"
 fi
 environment=''
 if [ -n "$env_file" ]; then
   copy all "$env_file" "$name:seal.env"
-  environment='set -a && . ../seal.env && set +a && '
+  environment="$(exports ../seal.env) && "
 fi
 
 begin_sync

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +48,7 @@ def joined(log_to_driver: bool, check: Callable[[dict[str, float]], None] = lamb
         with preemption.at_steps():
             yield
         return
+    _reach(address)
     handler, main = signal.getsignal(signal.SIGTERM), threading.current_thread() is threading.main_thread()
     try:
         options = {"log_to_driver": log_to_driver, "logging_level": "ERROR", **({} if address else {"include_dashboard": False})}
@@ -62,6 +65,17 @@ def joined(log_to_driver: bool, check: Callable[[dict[str, float]], None] = lamb
             yield
     finally:
         module.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raises `SealError` if nobody listens at an address HOST:PORT: Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not re.fullmatch(r"[\w.-]+", host) or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), 10.0).close()
+    except (OSError, OverflowError) as error:
+        raise SealError(f"RAY_ADDRESS={address}: nobody answers there ({str(error) or type(error).__name__}); is the cluster up?") from None
 
 
 def stop_if_told() -> None:

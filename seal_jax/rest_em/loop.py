@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seal_jax import preemption, tasks
@@ -25,7 +26,7 @@ from seal_jax.rest_em.select import Candidate, select
 from seal_jax.rest_em.stage import Stage, build, restore
 from seal_jax.runs import checkpoint, health, track
 from seal_jax.runs.store import Result, RunStore, existing
-from seal_jax.tasks.base import Context, Figure
+from seal_jax.tasks.base import Context, Figure, Task
 from seal_jax.words import counted
 
 if TYPE_CHECKING:
@@ -66,7 +67,21 @@ def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Cont
         with track.group():
             return measure(stage.policy, stage.task, part, what=what, **options)
 
-    return [record for found in store.each(list(parts), compute) for record in found["contexts"]]
+    found = store.each(list(parts), compute)
+    for (name, start), told in zip(parts.items(), found, strict=True):
+        check_data(stage.task, f"{store.folder}: {name}", contexts[start : start + group], told["contexts"])
+    return [record for told in found for record in told["contexts"]]
+
+
+def check_data(task: Task, where: str, contexts: Sequence[Context], records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `SealError`, which begins with `where`, if the records of an earlier start are not of these contexts: data has changed."""
+    for context, record in itertools.zip_longest(contexts, records):
+        now = None if context is None else [context.id, task.text(context), [list(pair) for pair in task.describe(context)]]
+        if now != (None if record is None else [record["id"], record["passage"], record["questions"]]):
+            which = context.id if record is None else record["id"]
+            raise SealError(
+                f"{where}: was measured with other data than there is now, at {which!r}; bring the data back, or choose another run_dir"
+            )
 
 
 def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -> list[dict[str, Any]]:
@@ -88,7 +103,9 @@ def e_step(stage: Stage, store: RunStore, number: int, texts: Sequence[str] = ()
     everyone = stage.contexts["train"]
     contexts = take(everyone, r.contexts, (number - 1) * r.contexts)
     if number == 1 and r.rewards is not None:
-        return store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
+        records = store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
+        check_data(stage.task, f"{store.folder}: rounds/{number}/e_step/000", contexts, records)
+        return records
     memory = None
     if retention.wanted(r.retention):
         after = take(everyone, r.retention.contexts, number * r.contexts)
@@ -229,14 +246,16 @@ def stage_of(
     if store.names() and not store.has(ORIGIN):
         raise SealError(f"{store.folder}: holds a run of its own, nothing of {trained}; choose another run_dir")
     source = existing(trained)
+    refuse_evaluation(source, what)
     now = {"run": str(source.folder.resolve()), "rounds": rounds_done(source), "policy": fingerprint(source)}
-    origin = store.once(ORIGIN, lambda: now)
-    if origin["policy"] != now["policy"]:
+    if store.has(ORIGIN) and (origin := store.read(ORIGIN))["policy"] != now["policy"]:
         raise SealError(
             f"{store.folder}: holds the evaluation of {origin['run']} after {counted(origin['rounds'], 'round')}, "
             f"{trained} is after {now['rounds']}, or another; choose another run_dir"
         )
-    return build(config, splits, source, now["rounds"], edits, not store.has("table")), now["rounds"]
+    stage = build(config, splits, source, now["rounds"], edits, not store.has("table"))
+    store.once(ORIGIN, lambda: now)  # when nothing is wrong with the config, which is then kept to as well
+    return stage, now["rounds"]
 
 
 def evaluate_only(

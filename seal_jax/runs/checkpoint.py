@@ -69,13 +69,31 @@ def _save(folder: pathlib.Path, arrays: Mapping[str, Any], metadata: Mapping[str
             files.write_atomic(staging / MANIFEST, files.dump({"metadata": dict(metadata), "files": digests}))
             for parent, _, _ in os.walk(staging):
                 files.sync_folder(pathlib.Path(parent))
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(staging, folder)
-            files.sync_folder(folder.parent)
+            _put(staging, folder)
     except SealError:
         _remove(staging)
         raise
+
+
+def _put(staging: pathlib.Path, folder: pathlib.Path) -> None:
+    """A checkpoint that is whole in the place of an earlier one. Between the two there is none: see `recover`."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(staging, folder)
+    files.sync_folder(folder.parent)
+
+
+def recover(folder: Place) -> None:
+    """Puts a checkpoint in its place that is whole beside it, as a process leaves it that is killed while it replaces an earlier one.
+
+    For the process that works on the run alone: another's may be in the making.
+    """
+    if isinstance(folder, ObjectPath) or is_complete(folder):
+        return
+    folder = pathlib.Path(os.path.abspath(folder))
+    if is_complete(staging := folder.with_name(f".{folder.name}.new")):
+        with files.faults(folder):
+            _put(staging, folder)
 
 
 def _upload(source: pathlib.Path, target: ObjectPath) -> None:

@@ -209,7 +209,7 @@ def _status(folder: Place, events: Sequence[Mapping[str, Any]], has_table: bool)
             last = event
     if last.get("event") == "stopped":
         return "stopped", f"stopped: {last.get('error', '')}"
-    if last or has_table:
+    if last or (has_table and not events):
         return "finished", "finished"
     if lock.in_use(folder):
         return "running", "running"

@@ -272,7 +272,12 @@ class RunStore:
 
     def saved(self, folder: str) -> bool:
         """Whether the checkpoint `folder` is there whole."""
-        return self._ask(lambda: _checkpoint().is_complete(self.folder / folder))
+        return self._ask(lambda: self._saved(folder))
+
+    def _saved(self, folder: str) -> bool:
+        if self._events is not None:  # this process works on the run
+            _checkpoint().recover(self.folder / folder)
+        return _checkpoint().is_complete(self.folder / folder)
 
     def load(self, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """The tree (numpy arrays) and the metadata of the checkpoint `folder`, on every process. Raises `SealError` without one."""

@@ -108,7 +108,8 @@ def write_table(sweep: Sweep, table: dict[str, Any], drawn: bool = False) -> Non
 def read_records(sweep: Sweep) -> dict[str, Record]:
     """The records in the sweep's folder; damaged ones are left out, and their trials go on from their run folders.
 
-    Raises `SealError` if they are about trials that did something else.
+    Raises `SealError` if they are about trials that did something else, or had another config: of those of the sweep's space the keys that
+    they do not sweep are looked at, which a sweep of another space in the same folder may have had otherwise.
     """
     found = {}
     for path in sorted((sweep.folder / "records").glob("[!.]*.json")):
@@ -117,6 +118,9 @@ def read_records(sweep: Sweep) -> dict[str, Record]:
             if record["does"] != sweep.run:
                 raise SealError(f"{sweep.folder}: holds trials that {record['does']}, run={sweep.run}; choose another run_dir")
             found[record["trial"]] = record
+            run_dir = sweep.folder / "trials" / record["trial"]
+            if sweep.has(record["settings"]) and (run_dir / CONFIG).is_file():
+                compare(config_lib.load(run_dir / CONFIG), sweep.trial(record["settings"], str(run_dir)), run_dir, FREE_KEYS)
     return found
 
 

@@ -50,8 +50,11 @@ case $line in
   *items*) echo pod-0 ;;
   *'get pods'*) echo pod/pod-0; echo pod/pod-1 ;;
   *ended*) echo "$ENDED" ;;
-  *'job status'*) printf 'Status for %s:\nJob %s succeeded\n' a a ;;
-  *' describe '* | *' get jobset '* | *' get raycluster '* | *' get secret '* | *get-head-ip* | 'sky status'*) exit "$THERE" ;;
+  *'job status'*) printf "Status for job 'squad': SUCCEEDED\nJob 'squad' succeeded\n" ;;
+  *' describe '* | *' get jobset '* | *' get raycluster '* | *' get secret '* | *get-head-ip* | 'sky status'*)
+    [ "$THERE" = 0 ] || echo "${ABSENT-NOT_FOUND: there is no such thing}" >&2
+    exit "$THERE" ;;
+  *' create '*) [ -z "$CREATED" ] || { echo "$CREATED" >&2; exit 1; } ;;
 esac
 """
 
@@ -89,10 +92,10 @@ def checkout(tmp_path):
         path, tools, seal = home, stand_ins, SEAL
 
         @staticmethod
-        def start(way, *flags, seal=SEAL, fails="^$", hangs="^$", there=1, ended="0"):
+        def start(way, *flags, seal=SEAL, fails="^$", hangs="^$", there=1, ended="0", absent="NOT_FOUND", created=""):
             script, *given = WAYS.get(way, way).split()
             command = [home / "launch" / script, *given, "--name", "squad", *flags, "--", *seal]
-            more = {"FAILS": fails, "HANGS": hangs, "THERE": str(there), "ENDED": ended}
+            more = {"FAILS": fails, "HANGS": hangs, "THERE": str(there), "ENDED": ended, "ABSENT": absent, "CREATED": created}
             return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
         @staticmethod

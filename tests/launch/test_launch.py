@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 
 import pytest
@@ -143,7 +144,7 @@ def test_an_earlier_run_and_keys_travel_along(checkout, tmp_path):
     keys = tmp_path / "keys.env"
     keys.write_text("HF_TOKEN=secret\n")
     expected = {
-        "tpu_vm": ["before.tgz -C seal_jax/runs", f"scp {keys} squad:seal.env", "set -a && . ../seal.env && set +a && .venv/bin/seal-jax"],
+        "tpu_vm": ["before.tgz -C seal_jax/runs", f"scp {keys} squad:seal.env", "done <../seal.env && .venv/bin/seal-jax"],
         "jobset": [
             "| kubectl exec -i $worker",
             f"create secret generic squad --from-env-file={keys}",
@@ -239,6 +240,101 @@ def test_what_exists_already_is_neither_used_nor_deleted(checkout):
         done = checkout(way, there=0)
         assert done.code == 2 and f"the {thing} squad exists already" in done.err[-1]
         assert not any(word in call for call in done.calls for word in ("delete", "down", "create squad"))
+
+
+def test_what_cannot_be_looked_at_is_neither_made_nor_deleted(checkout):
+    """It may be somebody else's, who has a machine of that name."""
+    for way in ("tpu_vm", "tpu_vm_direct", "jobset", "sky_gpu", "kuberay", "launcher"):
+        done = checkout(way, absent="ERROR: the server is unavailable")
+        assert done.code == 2 and done.err[-1].endswith("squad exists cannot be told: ERROR: the server is unavailable")
+        assert not any(word in call for call in done.calls for word in ("delete", "down", "create squad"))
+
+
+def test_what_somebody_else_has_made_meanwhile_is_not_deleted(checkout):
+    for way, said in (
+        ("tpu_vm", "ALREADY_EXISTS: squad"),
+        ("tpu_vm_direct", "already exists"),
+        ("jobset", "Error (AlreadyExists): jobset"),
+    ):
+        done = checkout(way, created=said)
+        assert done.code == 2 and said in done.err and "it exists already" in "".join(done.err)
+        assert not any("delete" in call for call in done.calls)
+
+
+def there(checkout, way, part, *flags):
+    """The line of shell that a dry run would have a machine run."""
+    line = next(line for line in checkout(way, "--dry-run", *flags).out if part in line)
+    return next(word for word in shlex.split(line) if word.startswith("--command=")).removeprefix("--command=")
+
+
+def test_the_run_folder_is_packed_while_it_grows(checkout, tmp_path):
+    """tar says 1 of a file that changes as it is read. What is not finished stays behind, and nothing is left there."""
+    run = tmp_path / "there" / "seal_jax" / "runs" / "squad"
+    for name in ("policy/1/.zarray", "policy/1/data", "policy/.2.new/data", "rounds/1/m_step.json", ".a.json.7.tmp", "events.jsonl"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    line, ended = there(checkout, "tpu_vm", "transform"), threading.Event()
+
+    def grow():
+        with open(run / "events.jsonl", "a") as log:
+            while not ended.wait(0.0001):
+                log.write("x" * 100_000)
+                log.flush()
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    try:
+        for _ in range(5):
+            done = subprocess.run(["bash", "-c", line], cwd=tmp_path / "there", capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            with tarfile.open(tmp_path / "there" / "run.tgz") as archive:
+                names = archive.getnames()
+            assert names[0] == "squad/rounds/1/m_step.json"
+            assert set(names) == {f"squad/{name}" for name in ("policy/1/.zarray", "policy/1/data", "rounds/1/m_step.json", "events.jsonl")}
+    finally:
+        ended.set()
+        thread.join()
+    assert sorted(path.name for path in run.parent.iterdir()) == ["squad"]
+    shutil.rmtree(run)
+    assert subprocess.run(["bash", "-c", line], cwd=tmp_path / "there", timeout=60).returncode == 0, "no run yet"
+
+
+def test_the_environment_is_what_the_file_says(checkout, tmp_path):
+    keys = tmp_path / "seal.env"
+    keys.write_text("# mine\n\nOPENAI_BASE_URL=https://h/v1?a=1&d=x y\nKEY=$HOME'\"#\nLAST=1")
+    line = there(checkout, "tpu_vm", "done <../seal.env", "--env-file", str(keys))
+    (tmp_path / "seal_jax").mkdir()
+    line = line[: line.index(" && .venv")] + " && env"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert {"OPENAI_BASE_URL=https://h/v1?a=1&d=x y", "KEY=$HOME'\"#", "LAST=1"} <= set(done.stdout.splitlines())
+
+
+def test_a_newer_run_there_is_not_overwritten(checkout, tmp_path):
+    (checkout.path / "runs" / "squad").mkdir(parents=True)
+    line = there(checkout, "tpu_vm", "[ -d seal_jax/runs", "--reuse")
+    home = tmp_path / "there"
+    (home / "squad").mkdir(parents=True)
+    (home / "squad" / "events.jsonl").write_text("older")
+    subprocess.run(["tar", "-czf", "before.tgz", "squad"], cwd=home, check=True)
+    for text in ("older", "newer"):  # not there yet; there
+        subprocess.run(["bash", "-c", line], cwd=home, check=True, timeout=60)
+        log = home / "seal_jax" / "runs" / "squad" / "events.jsonl"
+        assert log.read_text() == text
+        log.write_text("newer")
+
+
+def test_a_name_is_not_the_end_of_a_job(checkout):
+    """Ray tells of a job by its name."""
+    for way in ("kuberay", "launcher"):
+        good, bad = re.search(r"until it says (.*), every 30 s; (.*) ends it:", "\n".join(checkout(way, "--dry-run").out)).groups()
+        for said, fits in (
+            ("Status for job 'retry-failed': RUNNING", (False, False)),
+            ("Status for job 'succeeded': PENDING", (False, False)),
+            ("Status for job 'a': SUCCEEDED\nJob 'a' succeeded", (True, False)),
+            ("Status for job 'a': FAILED\nJob 'a' failed", (False, True)),
+            ("Job 'a' was stopped", (False, True)),
+        ):
+            assert tuple(re.fullmatch(part, said, re.DOTALL) is not None for part in (good, bad)) == fits
 
 
 @pytest.mark.parametrize(

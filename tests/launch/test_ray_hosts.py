@@ -21,6 +21,13 @@ if os.environ["JAX_PROCESS_ID"] == "1":
 """
 
 
+class Context:
+    """The node is the folder in which one works."""
+
+    def get_node_id(self):
+        return os.getcwd()
+
+
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("ray_hosts", ROOT / "launch" / "ray_hosts.py")
@@ -60,7 +67,7 @@ def module(tmp_path, monkeypatch):
 
     placed = module.placed = []
     monkeypatch.setattr(module, "place", place)
-    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda given: given))
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(get=lambda given: given, get_runtime_context=lambda: Context()))
     head = tmp_path / "head"
     head.mkdir()
     monkeypatch.chdir(head)
@@ -83,6 +90,40 @@ def test_a_failed_process_ends_the_run_with_its_code_and_its_results(module, mon
     asked = ["--hosts", "2", "--resource", "GPU=8", "--folder", "runs/squad", "--env-file", "keys", "--", "train", "squad.yaml"]
     assert module.main(asked) == 2
     assert pathlib.Path("runs/squad/events.jsonl").exists()
+
+
+def test_a_host_that_is_the_head_has_written_there_already(module, monkeypatch):
+    """Nothing older is put over what grows."""
+    monkeypatch.setattr(module.Host, "node", lambda self: str(pathlib.Path("../head").resolve()))
+    asked = ["--hosts", "2", "--resource", "GPU=8", "--folder", "runs/squad", "--env-file", "keys", "--", "train", "squad.yaml"]
+    assert module.main(asked) == 0 and not pathlib.Path("runs").exists()
+
+
+def test_a_copy_that_fails_does_not_end_the_run(module, monkeypatch, capsys):
+    module.SYNC, calls = 0, []
+
+    def results(self):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("gone\nfor now")
+
+    monkeypatch.setattr(module.Host, "results", results)
+    monkeypatch.setattr(module.Host, "status", lambda self: 0 if calls else None)
+    asked = ["--hosts", "1", "--resource", "TPU=4", "--folder", "runs/squad", "--", "train", "squad.yaml"]
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    assert module.main(asked) == 0 and len(calls) == 2
+    assert "this copy of the results failed (gone for now); the next may not" in capsys.readouterr().err
+
+
+def test_files_that_go_while_a_folder_is_read_are_no_fault(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a.json").write_text("{}")
+    monkeypatch.setattr(module, "there", lambda folder: [pathlib.Path("runs/gone.json"), pathlib.Path("runs/a.json")])
+    host = module.Host(str(tmp_path), "runs")
+    host.started = 0.0
+    with module.tarfile.open(fileobj=module.io.BytesIO(host.results())) as opened:
+        assert opened.getnames() == ["runs/a.json"]
 
 
 def test_what_hosts_are_told_of_each_other(module):
