@@ -277,8 +277,8 @@ def test_the_run_folder_is_packed_while_it_grows(checkout, tmp_path):
 
     def grow():
         with open(run / "events.jsonl", "a") as log:
-            while not ended.wait(0.0001):
-                log.write("x" * 100_000)
+            while not ended.wait(0.002):
+                log.write("x" * 1000)
                 log.flush()
 
     thread = threading.Thread(target=grow)

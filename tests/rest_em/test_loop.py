@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -230,6 +231,44 @@ def test_the_trained_policy_is_evaluated_in_a_folder_of_its_own(tiny_run, base, 
     other = dataclasses.replace(config, model=dataclasses.replace(base.model, name="x/y"), run_dir=str(tmp_path / "f"))
     with pytest.raises(SealError, match=r"model.name='x/y': the policy of .* is '.*tiny', trained; leave model.name out"):
         loop.evaluate_only(other, tiny_run)
+
+
+def test_an_evaluation_is_not_evaluated(tiny_run, base, tmp_path):
+    """Not the base model in place of the policy that it is about."""
+    config = dataclasses.replace(base, run_dir=str(tmp_path / "e"), evaluate=dataclasses.replace(base.evaluate, contexts=1))
+    loop.evaluate_only(config, tiny_run)
+    with pytest.raises(SealError, match=r"holds an evaluation of .*; evaluate that run"):
+        loop.evaluate_only(dataclasses.replace(config, run_dir=str(tmp_path / "f")), tmp_path / "e")
+
+
+def test_a_config_that_was_wrong_may_be_set_right(tiny_run, base, tmp_path):
+    wrong = dataclasses.replace(
+        base, run_dir=str(tmp_path / "e"), task=dataclasses.replace(base.task, validation=str(tmp_path / "no.json"))
+    )
+    with pytest.raises(SealError, match=r"no\.json"):
+        loop.evaluate_only(wrong, tiny_run)
+    right = dataclasses.replace(wrong, task=base.task, evaluate=dataclasses.replace(base.evaluate, contexts=1))
+    assert loop.evaluate_only(right, tiny_run)["rows"]
+
+
+def test_data_that_has_changed_since_is_told(tiny_run, base, tmp_path):
+    """Results of the same ids are not taken for those of other texts, nor of another number of contexts."""
+    data = json.loads(pathlib.Path(base.task.train).read_text())
+    for number, change in enumerate(
+        (
+            lambda items: items[0]["questions"][0].update(answer="another"),
+            lambda items: items[0].update(context=items[0]["context"] + " More."),
+            lambda items: items.reverse(),
+        )
+    ):
+        run, path, changed = tmp_path / str(number), tmp_path / f"{number}.json", json.loads(json.dumps(data))
+        shutil.copytree(tiny_run, run)
+        change(changed)
+        path.write_text(json.dumps(changed))
+        config = dataclasses.replace(base, run_dir=str(run), task=dataclasses.replace(base.task, train=str(path)))
+        (run / "config.yaml").write_text(config_lib.to_yaml(config))
+        with pytest.raises(SealError, match=rf"{run}: rounds/1/e_step/000: was measured with other data than there is now, at '00000-"):
+            loop.train(config)
 
 
 def test_an_evaluation_does_not_mix_two_policies(tiny_run, base, tmp_path):

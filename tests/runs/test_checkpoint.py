@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from seal_jax.errors import SealError
 from seal_jax.runs import places
-from seal_jax.runs.checkpoint import is_complete, load_adapters, save_adapters
+from seal_jax.runs.checkpoint import is_complete, load_adapters, recover, save_adapters
 from seal_jax.runs.places import ObjectPath, place
 
 
@@ -57,6 +58,27 @@ def test_replaces_what_was_there_and_leaves_nothing_beside(anywhere):
         assert len({name.split("/")[1] for name in listed(anywhere)}) == 2, "the manifest, and one folder"
     else:
         assert listed(anywhere) == ["1"]
+
+
+def test_what_is_whole_beside_its_place_is_put_there(tmp_path):
+    """As a process leaves it that is killed when it has removed the earlier one, or a part of that."""
+    for left in ((), ("manifest.json",)):
+        save_adapters(tmp_path / "1", tree(1), {"round": 2})
+        os.replace(tmp_path / "1", tmp_path / ".1.new")
+        for name in left:
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1" / name).write_bytes((tmp_path / ".1.new" / name).read_bytes())
+        assert not is_complete(tmp_path / "1")
+        recover(tmp_path / "1")
+        assert load_adapters(tmp_path / "1")[1] == {"round": 2} and listed(tmp_path) == ["1"]
+        save_adapters(tmp_path / ".1.new", tree(0), {"round": 3})
+        recover(tmp_path / "1")
+        assert load_adapters(tmp_path / "1")[1] == {"round": 2}, "a whole one stays"
+        shutil.rmtree(tmp_path / ".1.new")
+        shutil.rmtree(tmp_path / "1")
+    (tmp_path / ".1.new").mkdir()
+    recover(tmp_path / "1")
+    assert not (tmp_path / "1").exists(), "one that is not whole is none"
 
 
 def test_a_part_of_a_checkpoint_is_none(anywhere):

@@ -221,7 +221,8 @@ def test_states(made_up, tmp_path):
     assert status("created", "stopped") == "stopped: why"
     assert status("created", "stopped", "opened").startswith("not finished")
     assert status("created", "stopped", "opened", "finished") == "finished"
-    assert status(table=True) == "finished"
+    assert status(table=True) == "finished", "of a folder without a log"
+    assert status("created", "finished", "opened", table=True).startswith("not finished"), "the table is an earlier command's"
     (tmp_path / "lock").write_text("")
     holder = subprocess.Popen(["flock", "-x", tmp_path / "lock", "cat"], stdin=subprocess.PIPE)
     try:

@@ -13,6 +13,7 @@ from seal_jax.errors import SealError
 from seal_jax.runs import files
 from seal_jax.sweep import config as sweep_config
 from seal_jax.sweep import run as sweep_run
+from seal_jax.sweep import space as space_lib
 from seal_jax.sweep import table as table_lib
 from seal_jax.sweep import trial as trial_lib
 from seal_jax.sweep.config import ResourcesConfig
@@ -59,6 +60,22 @@ def test_a_folder_goes_on_with_the_same_config_alone(write_sweep, tmp_path):
     files.write_atomic(tmp_path / "sweep/records/a.json", files.dump({"does": "evaluate", "trial": "a"}))
     with pytest.raises(SealError, match="holds trials that evaluate, run=train; choose another run_dir"):
         sweep_run.read_records(sweep)
+
+
+def test_results_of_another_config_are_not_shown_as_those_of_this_one(write_sweep, tmp_path):
+    """A key that is swept in between may have another value in the config when it no longer is."""
+    rate = {"fit.learning_rate": [0.1]}
+    first = sweep_config.load(write_sweep(space=rate, set={"rest_em.rounds": 1, "fit.epochs": 4}))
+    (settings,) = first.settings()
+    name = space_lib.digest(settings)
+    run_dir = tmp_path / "sweep" / "trials" / name
+    files.write_atomic(run_dir / "config.yaml", config_lib.to_yaml(first.trial(settings, str(run_dir))).encode())
+    files.write_atomic(tmp_path / f"sweep/records/{name}.json", files.dump({"does": first.run, "trial": name, "settings": settings}))
+    assert list(sweep_run.read_records(first)) == [name]
+    other = sweep_config.load(write_sweep(space={**rate, "fit.epochs": [1]}, set={"rest_em.rounds": 1}))
+    assert list(sweep_run.read_records(other)) == [name], "of another space, and not shown"
+    with pytest.raises(SealError, match=rf"{name}: holds a run with fit.epochs=4, the config has fit.epochs=1; "):
+        sweep_run.read_records(sweep_config.load(write_sweep(space=rate, set={"rest_em.rounds": 1, "fit.epochs": 1})))
 
 
 def test_a_trial_tells_the_rounds_of_its_run(tiny_run, tmp_path, monkeypatch, quick_compile):
