@@ -22,8 +22,10 @@ from seal_jax.words import counted
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code. Faults of the user's input are one line on standard error and code 2."""
     logs.setup()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for as long as the process lives)
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     with preemption.watched():
         code, text = _outcome(argv)
         preemption.leave(code, text)

@@ -26,6 +26,14 @@ def test_the_first_line_comes_before_anything_slow_is_imported(tiny_run):
         assert out.startswith(f"seal-jax {arguments[0]}: tiny, ") and out.endswith(" []\n")
 
 
+def test_streams_that_are_closed_are_no_reason_to_stop(tiny_run, tmp_path):
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        (tiny_run / "report.html").unlink(missing_ok=True)
+        line = f'exec "$@" {closed}'
+        done = subprocess.run(["bash", "-c", line, "-", *COMMAND, "report", str(tiny_run)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Traceback" not in done.stderr and (tiny_run / "report.html").exists()
+
+
 def test_output_to_pipes_is_results_on_one_and_plain_lines_on_the_other(tiny_config, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps([*json.loads((tmp_path / "train.json").read_text()), {"title": "No passage"}]))
     command = [*COMMAND, "generate", str(tiny_config), "--limit", "1", "--split", "train"]

@@ -54,7 +54,7 @@ def run(sweep: Sweep) -> dict[str, Any]:
             import seal_jax.sweep.optuna_search  # noqa: F401 (found missing here, before anything is made)
     except ImportError as error:
         raise SealError(f'search={sweep.config.search} needs Ray Tune ({error.name} is missing): pip install "seal_jax[ray]"') from None
-    if int(os.environ.get(processes.COUNT) or 1) > 1:
+    if (os.environ.get(processes.COUNT) or "1") != "1":
         raise SealError(f"{processes.COUNT}={os.environ[processes.COUNT]}: Ray starts the trials' processes itself; start the sweep once")
     _check_grader(sweep)
     with _folder(sweep):

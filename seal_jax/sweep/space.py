@@ -115,7 +115,7 @@ def digest(settings: Settings) -> str:
 
 def overrides(settings: Settings) -> list[str]:
     """The settings as `key=value` for `seal_jax.config.build`."""
-    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import yaml
 
 from seal_jax.errors import SealError
 from seal_jax.sweep import space
@@ -65,5 +66,6 @@ def test_names_and_overrides():
     assert (
         space.digest(settings) == space.digest(dict(reversed(settings.items()))) != space.digest({**settings, "fit.learning_rate": 0.002})
     )
+    assert yaml.safe_load(space.overrides({"name": "🙂 é"})[0].partition("=")[2]) == "🙂 é"
     assert space.overrides(settings)[1:3] == ["task.directives=null", 'fit.lora.targets=["q_proj"]']
     assert space.line({"a": 0.00123456, "b": "x", "c": [1]}) == "a=0.001235 b=x c=[1]"
