@@ -249,9 +249,10 @@ class RunStore:
 
     def _names(self, prefix: str = "") -> list[str]:
         root = self.folder / prefix.rpartition("/")[0]
-        # `rglob` of a folder fails where checkpoints come and go meanwhile.
-        walked = (pathlib.Path(parent) / name for parent, _, names in os.walk(root) for name in names if name.endswith(".json"))
-        paths = root.rglob("*.json") if isinstance(root, ObjectPath) else walked
+        if isinstance(root, ObjectPath):
+            paths = list(root.rglob("*.json"))
+        else:  # `rglob` of a folder fails where checkpoints come and go meanwhile
+            paths = [pathlib.Path(parent, name) for parent, _, names in os.walk(root) for name in names if name.endswith(".json")]
         found = (self._name(path) for path in paths if path.name != VERSIONS and not path.name.startswith("."))
         units = [name for name in found if name.startswith(prefix) and not name.startswith(CHECKPOINTS)]
         return sorted(units, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
