@@ -262,7 +262,7 @@ archive() { # archive FILE: what is to be copied of this checkout: all that git 
 printf '%s\0' \"\$file\"; fi; done | tar -czf $1 --null -T -"
     return
   fi
-  for entry in .git .venv .make .jax_cache .pytest_cache .ruff_cache .hypothesis build dist runs sweeps exported adapter; do
+  for entry in .git .venv .make .jax_cache .pytest_cache .ruff_cache .hypothesis build dist runs sweeps exported adapter traces; do
     without+=("--exclude=./$entry")
   done
   run tar -czf "$1" "${without[@]}" .

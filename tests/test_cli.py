@@ -354,7 +354,7 @@ def test_unusable_items_are_skipped_counted_and_shown(seal, caplog, tiny_config,
     assert [e for e in caplog.messages if "skipped" in e] == [
         f"data source {tmp_path / 'mixed.json'}: 1 of 4 items skipped: 1 with an empty passage (item 0 'Brast'); "
         "2 question without an answer (item 1 'Quor': 'Who?', item 3 'Long': 'Who?')",
-        "task.validation: 1 of 3 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens",
+        "task.validation: 1 of 3 contexts skipped: each has a prompt that leaves no room for an answer within 192 tokens: 00003-long",
     ]
     found = [(e["reason"], e["count"]) for e in read_events(tmp_path / "run/events.jsonl") if e["event"] == "skipped"]
     assert found == [

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from seal_jax import rng
 from seal_jax.errors import SealError
 from seal_jax.grade.base import GradeItem, Grader
 from seal_jax.progress import bar
@@ -109,7 +110,7 @@ def agreement(verdicts: Sequence[bool | None], references: Sequence[bool]) -> Ag
 def run(cases_path: str | os.PathLike[str], grader: Grader, split: str | None = None, limit: int | None = None) -> str:
     """Grades the recorded cases and returns a printable table; a bar shows the progress of a slow grader.
 
-    `split` keeps the cases of one split; `limit` keeps that many, evenly spread over the file. Raises `SealError` for a malformed file
+    `split` keeps the cases of one split; `limit` keeps that many, drawn at random, always the same. Raises `SealError` for a malformed file
     or if no case is left.
     """
     if limit is not None and limit < 1:
@@ -123,7 +124,8 @@ def run(cases_path: str | os.PathLike[str], grader: Grader, split: str | None = 
     if not recorded:
         raise SealError(f"{cases_path}: no cases")
     if limit is not None and limit < len(recorded):
-        recorded = [recorded[i * len(recorded) // limit] for i in range(limit)]
+        # Not each n-th: a file may list the answers of each case in an order, unadapted ones first, say.
+        recorded = [recorded[i] for i in sorted(rng.generator(0, "agreement").choice(len(recorded), limit, replace=False))]
     verdicts: list[bool | None] = []
     with bar(f"grading ({grader.name})", len(recorded), "answer") as progress:
         for start in range(0, len(recorded), BATCH):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from seal_jax.errors import SealError
 
@@ -80,3 +81,12 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def save_safetensors(tensors: dict[str, Any], path: Path) -> None:
+    """Writes numpy arrays as a file that transformers and peft read, which insist on the metadata. It has a new file's usual rights: the
+    package would leave it to its owner alone."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

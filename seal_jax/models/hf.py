@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then reads
 import numpy as np
-from safetensors.numpy import save_file
 
 from seal_jax.errors import SealError
-from seal_jax.models.folder import new_folder, one_line, open_safetensors, read_json, write_json
+from seal_jax.models.folder import new_folder, one_line, open_safetensors, read_json, save_safetensors, write_json
 from seal_jax.models.spec import DecoderSpec, from_hf, to_hf, token_ids
 from seal_jax.models.tokenizer import Tokenizer
 from seal_jax.models.tree import Leaf, get, leaves, nest
@@ -235,8 +234,7 @@ def save_folder(
         index: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            # The metadata is what transformers insists on.
-            save_file({name: _stored(get(params, leaf.path), leaf, i) for name, leaf, i in shard}, tmp / file, metadata={"format": "pt"})
+            save_safetensors({name: _stored(get(params, leaf.path), leaf, i) for name, leaf, i in shard}, tmp / file)
             index |= {name: file for name, _, _ in shard}
         if len(shards) > 1:
             total = sum(get(params, leaf.path).nbytes for leaf in leaves(spec))

@@ -11,10 +11,9 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, which safetensors then reads
 import numpy as np
-from safetensors.numpy import save_file
 
 from seal_jax.errors import SealError
-from seal_jax.models.folder import new_folder, open_safetensors, read_json, write_json
+from seal_jax.models.folder import new_folder, open_safetensors, read_json, save_safetensors, write_json
 from seal_jax.models.lora import GROUPS, dimensions
 from seal_jax.models.spec import DecoderSpec
 from seal_jax.models.tree import HF_GROUP
@@ -78,7 +77,7 @@ def save_adapter(folder: str | os.PathLike[str], lora: Mapping[str, Any], rank: 
         "use_rslora": False,
     }
     with new_folder(folder) as tmp:
-        save_file(tensors, tmp / WEIGHTS, metadata={"format": "pt"})
+        save_safetensors(tensors, tmp / WEIGHTS)
         write_json(tmp / CONFIG, config)
 
 

@@ -25,8 +25,11 @@ THREADS = 8  # at most; a program of a 7B model takes its compiler a GiB or two
 def keep() -> None:
     """Has JAX keep what it compiles in the user's cache folder: a run that goes on, and the next one, find their programs there.
 
-    Where JAX has been told a folder (JAX_COMPILATION_CACHE_DIR; empty: none), it stays that one.
+    Where JAX has been told a folder (JAX_COMPILATION_CACHE_DIR; empty: none), it stays that one. All programs are kept, those too that are
+    compiled in less than JAX's second: there are many.
     """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs" / _processor()))
 

@@ -126,12 +126,25 @@ def test_run_prints_the_rates(tmp_path):
     assert row.split() == ["fixed", "5", "1", "0.500", "0.500", "0.500", "0.000"]
 
 
-def test_run_takes_a_split_and_an_even_sample(tmp_path):
+def test_a_sample_has_answers_from_all_places(tmp_path):
+    """Of cases with two answers each, the unadapted one first, not those alone; always the same, and each once."""
+    path = write(tmp_path / "cases.json", [case(answers=[(f"{i} before", True), (f"{i} after", True)]) for i in range(100)])
+    for limit in (10, 50, 100):
+        seen = []
+        for _ in range(2):
+            agreement.run(path, grader := Fixed(), limit=limit)
+            seen.append([item.prediction for item in grader.seen])
+        assert seen[0] == seen[1] and len(set(seen[0])) == limit
+        assert 0.2 < sum(text.endswith("before") for text in seen[0]) / limit < 0.8
+
+
+def test_run_takes_a_split_and_a_sample_in_order(tmp_path):
     cases = [case(answers=[(f"{i}", True)], split="held" if i % 2 else "dev") for i in range(20)]
     path = write(tmp_path / "cases.json", cases)
     grader = Fixed()
     agreement.run(path, grader, split="held", limit=5)
-    assert [item.prediction for item in grader.seen] == ["1", "5", "9", "13", "17"]
+    taken = [int(item.prediction) for item in grader.seen]
+    assert len(set(taken)) == 5 and taken == sorted(taken) and all(i % 2 for i in taken)
 
 
 def test_files_without_splits_are_halved_by_title(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import socket
 import threading
@@ -200,6 +201,16 @@ def test_an_output_embedding_that_is_said_to_be_the_input_embedding_must_be(chec
     rewrite(copy, lambda t: t.update({hf.HEAD: other[:-1]}))
     with pytest.raises(SealError, match=r"lm_head.weight is not the embedding"):
         hf.read_folder(copy)
+
+
+def test_weights_have_a_new_files_rights(checkpoints, tmp_path):
+    spec, params, tokenizer = hf.read_folder(checkpoints["llama2"])
+    before = os.umask(0o027)
+    try:
+        hf.save_folder(tmp_path / "out", spec, params, tokenizer)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 def test_damaged_and_incomplete_folders(copy, checkpoints, tmp_path):

@@ -127,8 +127,9 @@ class ArcTask:
         read = [(q.inverter, messages.decode(text, q.inverter)) for q, text in zip(self._queries(puzzle), outputs, strict=True)]
         legible = [(inverter, grid) for inverter, grid in read if grid is not None]
         attempts = vote(legible)
-        # Without an answer that can be read the attempts are blank, which may be a puzzle's output.
-        return Score.of([bool(legible) and puzzle.test.output in attempts], [" ".join(map(view.grid_code, attempts))])
+        if not legible:  # the attempts are then blank, which may be a puzzle's output
+            return Score.of([False], [""])
+        return Score.of([puzzle.test.output in attempts], [" ".join(map(view.grid_code, attempts))])
 
     def text(self, context: Context) -> str:
         return view.puzzle_code(_puzzle(context))
