@@ -204,8 +204,8 @@ The 7B on v5p, v6e and tpu7x was compiled on 2026-11-26; the other plans are of 
 caches ([performance.md](performance.md)), fits more temporaries, and plans counted fitted adapters twice where they answer: hence
 `sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room, and `model.remat=full` with steps of 512 tokens for v5e, where that
 left room for more slots, and for the 70B, for which the config's `auto` and 4,096 were not compiled. `rest_em.group` so that a replica of
-the 70B holds 15 or 30 adapters, and 8 on v5e, with `fit.slots=2`: it does not fit there all the same, since plans count the largest fit step
-and the adapters that come of a whole group. (Of tpu7x the record of the 70B is older, and does not.)
+the 70B holds 15 or 30 adapters, and 8 on v5e, with `fit.slots=2`: it does not fit there all the same, since plans count the largest
+fit step and the adapters that come of a whole group. (Of tpu7x the record of the 70B is older, and does not.)
 
 {models}
 
