@@ -45,12 +45,11 @@ if jax.default_backend() == "cpu":
 PY
 then exit 1; fi
 
-failed=0 known=
+failed=0
 run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no more than are left
   local name=$1 seconds=$2 module=benchmarks.$3 left
   shift 3
   if [ -n "${CASES:-}" ] && ! [[ " $CASES " == *" $name "* ]]; then return; fi
-  known=1
   left=$((end - $(date +%s)))
   if [ "$left" -lt 25 ]; then
     echo "# left out, no time: $name"
@@ -72,20 +71,24 @@ run() { # run NAME SECONDS MODULE OPTION...: at most so many seconds, and no mor
 # workload.planned). Fits and the round have the same slots and tokens a step, so that the round finds its programs compiled.
 lengths=${LENGTHS:-24,32,40,56,96,160,240,384}
 fits=(--tokens-per-step 2048 --lengths "$lengths")
-# PEFT padded to 2048 takes 37 GiB of a 7B beside us: of a GPU of less than 100 GiB JAX takes a little less than elsewhere.
-room=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
-[ "${room:-0}" -gt 0 ] && [ "${room:-0}" -lt 100000 ] && export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.52}
-run fit-7b 230 fit --model qwen2.5-7b --k 64,1 "${fits[@]}" --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
-run round-7b 240 round --model qwen2.5-7b --contexts 5 --slots 64 "${fits[@]}" --repeats 1
-run sample-7b 110 sample --model qwen2.5-7b --rows 128,32 --adapters 32
-run fit-0.5b 90 fit --model qwen2.5-0.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
-run fit-1.5b 90 fit --model qwen2.5-1.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
-run fit-curve-7b 240 fit --model qwen2.5-7b --k 32,16,4 "${fits[@]}" --epochs 2 --no-peer --sweep none --padded-steps 0
-run sample-0.5b 60 sample --model qwen2.5-0.5b --rows 128 --adapters 0
-if [ -z "$known" ]; then
-  echo "CASES=\"$CASES\": none of fit-7b round-7b sample-7b fit-0.5b fit-1.5b fit-curve-7b sample-0.5b" >&2
-  exit 2
-fi
+cases() { # cases COMMAND: it with the words of each
+  "$1" fit-7b 230 fit --model qwen2.5-7b --k 64,1 "${fits[@]}" --epochs 2 --peer-edits 2 --sweep none --padded-steps 6
+  "$1" round-7b 240 round --model qwen2.5-7b --contexts 5 --slots 64 "${fits[@]}" --repeats 1
+  "$1" sample-7b 110 sample --model qwen2.5-7b --rows 128,32 --adapters 32
+  "$1" fit-0.5b 90 fit --model qwen2.5-0.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+  "$1" fit-1.5b 90 fit --model qwen2.5-1.5b --k 64,1 "${fits[@]}" --epochs 3 --peer-edits 1 --sweep none --padded-steps 4
+  "$1" fit-curve-7b 240 fit --model qwen2.5-7b --k 32,16,4 "${fits[@]}" --epochs 2 --no-peer --sweep none --padded-steps 0
+  "$1" sample-0.5b 60 sample --model qwen2.5-0.5b --rows 128 --adapters 0
+}
+named() { echo "$1"; }
+known=" $(cases named | tr '\n' ' ')"
+for case in ${CASES:-}; do
+  if [[ $known != *" $case "* ]]; then
+    echo "CASES=\"$case\": none of$known" >&2
+    exit 2
+  fi
+done
+cases run
 
 echo "# the JSON lines again, and how each case went"
 grep -hE '^(warming up|timed|left out)' "$log/stderr.txt"

@@ -58,7 +58,7 @@ own=()
 where+=(${own[@]+"${own[@]}"})
 pods=jobset.sigs.k8s.io/jobset-name=$name
 files=build/launch/$name
-worker='' secret=no policy=no job=no
+worker='' secret=no policy=no pooled=no job=no
 
 # All pods wait for the run folder of an earlier run, and keep the results until they were fetched: then they are deleted.
 in_pod="mkdir -p runs; until [ -e /tmp/go ]; do sleep 1; done; status=0; $(quoted "${command[@]}") || status=\$?; \
@@ -80,7 +80,7 @@ release() { # what holds nothing to keep
 }
 
 delete() {
-  [ "$pool" = no ] || run gcloud container node-pools delete "$name" "--cluster=$cluster" "${where[@]}" --quiet || return
+  [ "$pooled" = no ] || run gcloud container node-pools delete "$name" "--cluster=$cluster" "${where[@]}" --quiet || return
   [ "$policy" = no ] || run gcloud compute resource-policies delete "$name" "--region=$region" ${own[@]+"${own[@]}"} --quiet
 }
 
@@ -92,16 +92,18 @@ region=$location
 [[ ! $location =~ -[a-z]$ ]] || region=${location%-*}
 if [ "$pool" = yes ]; then
   # Slices of several hosts of tpu7x have their shape from a policy, others from a flag of the pool.
-  shape=("--tpu-topology=$topology")
-  if [ "$generation" = tpu7x ] && [ "$hosts" -gt 1 ]; then shape=("--placement-policy=$name") && policy=yes; fi
-  if [ "$reuse" = no ]; then
+  shape=("--tpu-topology=$topology") by_policy=no
+  if [ "$generation" = tpu7x ] && [ "$hosts" -gt 1 ]; then shape=("--placement-policy=$name") by_policy=yes; fi
+  if [ "$reuse" = yes ]; then
+    pooled=yes policy=$by_policy
+  else
     absent "the node pool $name" gcloud container node-pools describe "$name" "--cluster=$cluster" "${where[@]}"
-    if [ "$policy" = yes ]; then
-      policy=no
+    made=yes
+    if [ "$by_policy" = yes ]; then
       claim policy yes run gcloud compute resource-policies create workload-policy "$name" --type=HIGH_THROUGHPUT "--accelerator-topology=$topology" \
         "--region=$region" ${own[@]+"${own[@]}"}
     fi
-    claim made yes run gcloud container node-pools create "$name" "--cluster=$cluster" "${where[@]}" ${zone:+"--node-locations=$zone"} \
+    claim pooled yes run gcloud container node-pools create "$name" "--cluster=$cluster" "${where[@]}" ${zone:+"--node-locations=$zone"} \
       "--machine-type=$machine" "${shape[@]}" "--num-nodes=$hosts" ${spot:+--spot}
   fi
 fi

@@ -87,6 +87,4 @@ def save_safetensors(tensors: dict[str, Any], path: Path) -> None:
     """Writes numpy arrays as a file that transformers and peft read, which insist on the metadata. It has a new file's usual rights: the
     package would leave it to its owner alone."""
     save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_umask())

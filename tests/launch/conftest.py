@@ -54,7 +54,7 @@ case $line in
   *' describe '* | *' get jobset '* | *' get raycluster '* | *' get secret '* | *get-head-ip* | 'sky status'*)
     [ "$THERE" = 0 ] || echo "${ABSENT-NOT_FOUND: there is no such thing}" >&2
     exit "$THERE" ;;
-  *' create '*) [ -z "$CREATED" ] || { echo "$CREATED" >&2; exit 1; } ;;
+  *' create '*) [[ -z $CREATED || ! $line =~ $WHICH ]] || { echo "$CREATED" >&2; exit 1; } ;;
 esac
 """
 
@@ -92,10 +92,18 @@ def checkout(tmp_path):
         path, tools, seal = home, stand_ins, SEAL
 
         @staticmethod
-        def start(way, *flags, seal=SEAL, fails="^$", hangs="^$", there=1, ended="0", absent="NOT_FOUND", created=""):
+        def start(way, *flags, seal=SEAL, fails="^$", hangs="^$", there=1, ended="0", absent="NOT_FOUND", created="", which="create"):
             script, *given = WAYS.get(way, way).split()
             command = [home / "launch" / script, *given, "--name", "squad", *flags, "--", *seal]
-            more = {"FAILS": fails, "HANGS": hangs, "THERE": str(there), "ENDED": ended, "ABSENT": absent, "CREATED": created}
+            more = {
+                "FAILS": fails,
+                "HANGS": hangs,
+                "THERE": str(there),
+                "ENDED": ended,
+                "ABSENT": absent,
+                "CREATED": created,
+                "WHICH": which,
+            }
             return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
         @staticmethod

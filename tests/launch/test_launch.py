@@ -261,6 +261,13 @@ def test_what_somebody_else_has_made_meanwhile_is_not_deleted(checkout):
         assert not any("delete" in call for call in done.calls)
 
 
+def test_of_what_was_made_before_that_all_is_deleted(checkout):
+    """A pool that has somebody else's name is theirs; the policy that was made for it is not."""
+    done = checkout("jobset_pool", created="already exists", which="node-pools create")
+    assert done.code == 2 and not any("node-pools delete" in call for call in done.calls)
+    assert any("resource-policies create" in call for call in done.calls) and "resource-policies delete" in done.calls[-1]
+
+
 def there(checkout, way, part, *flags):
     """The line of shell that a dry run would have a machine run."""
     line = next(line for line in checkout(way, "--dry-run", *flags).out if part in line)

@@ -126,9 +126,9 @@ class ArcTask:
     def _score(self, puzzle: Puzzle, outputs: Sequence[str]) -> Score:
         read = [(q.inverter, messages.decode(text, q.inverter)) for q, text in zip(self._queries(puzzle), outputs, strict=True)]
         legible = [(inverter, grid) for inverter, grid in read if grid is not None]
-        attempts = vote(legible)
-        if not legible:  # the attempts are then blank, which may be a puzzle's output
+        if not legible:  # the attempts would be blank, which may be a puzzle's output
             return Score.of([False], [""])
+        attempts = vote(legible)
         return Score.of([puzzle.test.output in attempts], [" ".join(map(view.grid_code, attempts))])
 
     def text(self, context: Context) -> str:
