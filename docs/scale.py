@@ -83,7 +83,12 @@ CELLS = (
     Cell("qwen2.5-7b", "v5p", "2x2x1"),
     Cell("qwen2.5-7b", "v6e", "2x2"),
     Cell("qwen2.5-7b", "tpu7x", "2x2x1"),
-    Cell("llama-3.3-70b", "v5e", "8x8", ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=1", "fit.slots=2", *FULL)),
+    Cell(
+        "llama-3.3-70b",
+        "v5e",
+        "8x8",
+        ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "evaluate.group=1", "fit.slots=5", *FULL),
+    ),
     Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4", *FULL)),
     Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2", *FULL)),
     Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2", *FULL)),
@@ -200,12 +205,12 @@ B memory bandwidth, I interconnect.
 
 {replicas}
 
-The 7B on v5p, v6e and tpu7x was compiled on 2026-11-26; the other plans are of 2026-11-23, when decoding still kept a second copy of its
-caches ([performance.md](performance.md)), fits more temporaries, and plans counted fitted adapters twice where they answer: hence
-`sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room, and `model.remat=full` with steps of 512 tokens for v5e, where that
-left room for more slots, and for the 70B, for which the config's `auto` and 4,096 were not compiled. `rest_em.group` so that a replica of
-the 70B holds 15 or 30 adapters, and 8 on v5e, with `fit.slots=2`: it does not fit there all the same, since plans count the largest
-fit step and the adapters that come of a whole group. (Of tpu7x the record of the 70B is older, and does not.)
+The plans are of 2026-11-26, but for the 70B's on tpu7x: of 2026-11-23, when decoding still kept a second copy of its caches
+([performance.md](performance.md)) and fits more temporaries. What is set is of that time too: `sample.rows=16`, where 32 self-edits of up
+to 8192 tokens left no room, and `model.remat=full` with steps of 512 tokens for v5e, where that left room for more slots, and for the
+70B, for which the config's `auto` and 4,096 were not compiled. `rest_em.group` so that a replica of the 70B holds 15 or 30 adapters in a
+round, and on v5e `evaluate.group`, because the adapters of the largest group lie beside a fit: by the config's own there are 60 of an
+evaluation, with which the 70B found no room on v5e (19.3 GiB), and has room for 2 slots on v6e.
 
 {models}
 
