@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import omegaconf
@@ -305,12 +306,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return data
 
 
-def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config") -> RunConfig:
-    """`load` for a config already read as plain data; `where` names it in error messages."""
+def build(
+    data: dict[str, Any], overrides: Sequence[str] = (), where: str = "config", settings: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """`load` for a config already read as plain data; `where` names it in error messages.
+
+    `settings`: values by dotted key, as data, in place of what `data` and `overrides` have there.
+    """
     try:
         given = OmegaConf.create(data)
         for item in overrides:
             given = override(given, item)
+        for key, value in (settings or {}).items():
+            given = OmegaConf.merge(given, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
         task = given.get("task")
         name = task.get("name") if OmegaConf.is_dict(task) else None
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
@@ -319,14 +327,22 @@ def build(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "con
         raise SealError(f"{where}: task.name is missing; one of: {', '.join(task_names())}")
     if name not in task_names():
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
-    schema = OmegaConf.structured(RunConfig)
-    schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{name}").Config)
+    schema = schema_of(name)
     for item in overrides:
-        _keep_texts(schema, given, item)
+        key, _, written = item.partition("=")
+        if is_text(schema, key) and key not in (settings or {}):
+            OmegaConf.update(given, key, texts(written))
     config = fill(schema, given, where)
     assert isinstance(config, RunConfig)
     limits.check(config, where)
     return config
+
+
+def schema_of(task: str) -> Any:
+    """What a config of that task may hold, as an `OmegaConf` structure."""
+    schema = OmegaConf.structured(RunConfig)
+    schema.task = OmegaConf.structured(importlib.import_module(f"seal_jax.tasks.{task}").Config)
+    return schema
 
 
 def fill(schema: Any, given: Any, where: str) -> Any:
@@ -351,14 +367,23 @@ def override(given: Any, item: str) -> Any:
         raise SealError(f"override {item!r}: does not fit what the config has there; a list is set as a whole: key=[1,2]") from None
 
 
-def _keep_texts(schema: Any, given: Any, item: str) -> None:
-    """Has a list of texts that an override gives hold what was written: ids like 855e0971 or 00576224 are numbers to YAML."""
-    key, _, value = item.partition("=")
+def is_text(schema: Any, key: str) -> bool:
+    """Whether the dotted key takes a text, or a list of texts."""
     node = schema
     for part in key.split("."):
         node = node._get_node(part) if OmegaConf.is_dict(node) and not node._is_none() and part in node else None
-    if OmegaConf.is_list(node) and node._metadata.element_type is str and isinstance(written := yaml.load(value, yaml.BaseLoader), list):
-        OmegaConf.update(given, key, written)
+    return isinstance(node, omegaconf.StringNode) or (OmegaConf.is_list(node) and node._metadata.element_type is str)
+
+
+def texts(written: str) -> Any:
+    """The text, or list of texts, that an override's value `written` is. To YAML 007 is a number, and so are ids like 855e0971."""
+
+    def kept(read: Any, as_written: Any) -> Any:
+        if isinstance(read, list):
+            return [kept(*pair) for pair in zip(read, as_written, strict=True)]
+        return read if read is None or isinstance(read, str | dict) else as_written
+
+    return kept(yaml.safe_load(written), yaml.load(written, yaml.BaseLoader)) if written else written
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -414,3 +439,5 @@ def _check_keys(schema: Any, given: Any, where: str, prefix: str = "") -> None:
             raise SealError(f"{where}: {full}: {numbers[0]!r} is read as no text; put what was meant in quotes")
         elif not OmegaConf.is_list(here) and (OmegaConf.is_dict(there) or OmegaConf.is_list(there)):
             raise SealError(f"{where}: {full}={OmegaConf.to_container(there)!r}: expected a single value")
+        elif isinstance(here, omegaconf.StringNode) and not isinstance(given[key], str | None):
+            raise SealError(f"{where}: {full}: {given[key]!r} is read as no text; put what was meant in quotes")

@@ -113,6 +113,9 @@ def check(config: RunConfig, where: str) -> None:
     for key in ("sample.top_p", "grade.threshold"):
         if not 0.0 < (value := _value(config, key)) <= 1.0:
             raise SealError(f"{where}: {key}={value}: expected a number above 0 and at most 1")
+    for key in ("fit.lora.alpha", "m_step.lora.alpha", "pretraining.sft.lora.alpha"):
+        if not 0.0 < (value := _value(config, key)) < math.inf:
+            raise SealError(f"{where}: {key}={value}: expected a finite number above 0")
     if config.fit.max_steps is not None and config.fit.max_steps < 1:
         raise SealError(f"{where}: fit.max_steps={config.fit.max_steps}: expected at least 1, or null for no bound")
     if config.executor.timeout is not None and not config.executor.timeout > 0:

@@ -78,6 +78,9 @@ def test_written_configs_read_back(tmp_path):
         ("model.dtype=f32", "model.dtype='f32': expected one of auto, float32, bfloat16"),
         ("rest_em.select=worst", "rest_em.select='worst': expected one of best, top, gain"),
         ("rest_em.edits=0", "rest_em.edits=0: expected at least 1"),
+        ("fit.lora.alpha=nan", "fit.lora.alpha=nan: expected a finite number above 0"),
+        ("m_step.lora.alpha=0", "m_step.lora.alpha=0.0: expected a finite number above 0"),
+        ("pretraining.sft.lora.alpha=.inf", "pretraining.sft.lora.alpha=inf: expected a finite number above 0"),
         ("sample.temperature=-1", "sample.temperature=-1.0: expected at least 0.0"),
         ("fit.learning_rate=nan", "fit.learning_rate=nan: expected at least"),
         ("sample.top_p=0", "sample.top_p=0.0: expected a number above 0 and at most 1"),
@@ -123,6 +126,12 @@ def test_texts_that_look_like_numbers_stay_texts():
     plain = {"task": {"name": "arc"}}
     found = config_lib.build(plain, ["task.train_ids=[855e0971,00576224]", "task.validation_ids=[ '5117e062' , 12]", "task.permutations=1"])
     assert found.task.train_ids == ["855e0971", "00576224"] and found.task.validation_ids == ["5117e062", "12"]
+    for name in ("007", "00576224", "1e3", "no", "12:30", "1.50"):
+        assert config_lib.build(plain, [f"name={name}", f"grade.model={name}"]).grade.model == name
+        assert config_lib.build(plain, [f"name={name}"]).run_dir == f"runs/{name}"
+    assert config_lib.build(plain, ["track.wandb=null"]).track.wandb is None
+    said = refusal(lambda: config_lib.build({**plain, "name": 7}))
+    assert said == "config: name: 7 is read as no text; put what was meant in quotes"
     said = refusal(lambda: config_lib.build({"task": {"name": "arc", "train_ids": ["a", 195732]}}))
     assert said == "config: task.train_ids: 195732 is read as no text; put what was meant in quotes"
 

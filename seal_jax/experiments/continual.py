@@ -49,6 +49,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         passages = general.texts(config.continual.texts)
         beside = [matrix.read_original(path) for path in config.continual.beside]  # what is wrong with them shows at once
         stage, _ = loop.stage_of(config, store, ("validation",), trained, "start from", "")
+        loop.same_data(store, stage, **{"continual.texts": passages})
         setting = Setting(stage, store, stage.policy.texts(passages))
         sequences = draw_sequences(config, stage.contexts["validation"])
         start = store.once("continual/start", lambda: _start(setting, sequences))

@@ -15,9 +15,9 @@ import numpy as np
 from seal_jax.experiments.lane import Lane
 from seal_jax.fit.likelihood import Texts
 from seal_jax.parallel import mesh as mesh_lib
+from seal_jax.rest_em import retention
 from seal_jax.rest_em.held import Held
 from seal_jax.rest_em.stage import Stage
-from seal_jax.tasks.base import Score
 
 MEASURES = {
     "answers": "fall of the share of earlier questions answered right",
@@ -81,7 +81,9 @@ class Gate:
         fall = np.zeros(len(gated))
         for place in places:
             lane = self.lanes[gated[place]]
-            now = Score.of([v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts]).reward
-            before = Score.of([v for c in lane.contexts[: self.number] for v in lane.answers[c.id]["verdicts"]]).reward
-            fall[place] = 0.0 if before is None or now is None else before - now
+            now = [v for (p, _), s in zip(asked, scores, strict=True) if p == place for v in s.verdicts]
+            before = [v for c in lane.contexts[: self.number] for v in lane.answers[c.id]["verdicts"]]
+            if before:  # what could not be graded shows no harm, and no harmlessness either
+                found = retention.fall(before, now)
+                fall[place] = np.nan if found is None else found
         return fall

@@ -48,6 +48,7 @@ def run(config: RunConfig, trained: str | os.PathLike[str] | None = None) -> dic
         if len(contexts) < most:
             raise SealError(f"pretraining.sizes={c.sizes}: task.validation has {counted(len(contexts), 'usable context')}")
         beside = given.figures(config, stage.task)
+        loop.same_data(store, stage)
         texts = _write(stage, store, contexts[:most])
         bare = store.once("pretraining/start", lambda: _bare(stage, contexts[:most]))["answers"]
         base = stage.policy.params  # which training leaves as they are
@@ -107,6 +108,10 @@ def _measure(
         label = f"{name}, {counted(len(contexts), 'passage')}"
         with clock("pretraining"):  # without a usable self-edit the model stays as it is
             losses[name] = _train(stage, store, f"{len(contexts):04d}_{_slug(name)}", sequences, label) if sequences else np.zeros(0)
+        if not np.isfinite(losses[name]).all():
+            raise SealError(
+                f"training on {label}: diverged: its losses are not finite; lower pretraining.sft.learning_rate, in another run_dir"
+            )
         with clock("adapt"):
             answers[name] = _ask(policy, task, contexts, losses[name], f"answering ({label})")
         if policy.config.pretraining.save:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import jax
 
+from seal_jax.errors import SealError
 from seal_jax.parallel import processes
 from seal_jax.runs import health
 from seal_jax.runs.events import WarningEvents
@@ -91,6 +92,11 @@ class WorkerStore:
         """Writes a unit in place of an earlier one: the worker that comes first does, all have the same."""
         self._asked("replace", name, result if processes.first() else None, seconds)
         return self.read(name)
+
+    def same_data(self, now: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        """As `RunStore.same_data`: all workers read the same."""
+        if problem := self._asked("other_data", now):
+            raise SealError(problem)
 
     def read(self, name: str) -> dict[str, Any]:
         return self._asked("read", name)

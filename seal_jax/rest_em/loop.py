@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 from seal_jax import preemption, tasks
 from seal_jax.config import RunConfig
@@ -23,10 +25,10 @@ from seal_jax.rest_em import general, given, retention
 from seal_jax.rest_em import table as table_lib
 from seal_jax.rest_em.measure import NONE, from_recorded, measure
 from seal_jax.rest_em.select import Candidate, select
-from seal_jax.rest_em.stage import Stage, build, restore
+from seal_jax.rest_em.stage import Stage, build, digest, restore
 from seal_jax.runs import checkpoint, health, track
 from seal_jax.runs.store import Result, RunStore, existing
-from seal_jax.tasks.base import Context, Figure, Task
+from seal_jax.tasks.base import Context, Figure
 from seal_jax.words import counted
 
 if TYPE_CHECKING:
@@ -67,21 +69,12 @@ def run_groups(stage: Stage, store: RunStore, unit: str, contexts: Sequence[Cont
         with track.group():
             return measure(stage.policy, stage.task, part, what=what, **options)
 
-    found = store.each(list(parts), compute)
-    for (name, start), told in zip(parts.items(), found, strict=True):
-        check_data(stage.task, f"{store.folder}: {name}", contexts[start : start + group], told["contexts"])
-    return [record for told in found for record in told["contexts"]]
+    return [record for told in store.each(list(parts), compute) for record in told["contexts"]]
 
 
-def check_data(task: Task, where: str, contexts: Sequence[Context], records: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `SealError`, which begins with `where`, if the records of an earlier start are not of these contexts: data has changed."""
-    for context, record in itertools.zip_longest(contexts, records):
-        now = None if context is None else [context.id, task.text(context), [list(pair) for pair in task.describe(context)]]
-        if now != (None if record is None else [record["id"], record["passage"], record["questions"]]):
-            which = context.id if record is None else record["id"]
-            raise SealError(
-                f"{where}: was measured with other data than there is now, at {which!r}; bring the data back, or choose another run_dir"
-            )
+def same_data(store: RunStore | WorkerStore, stage: Stage, **texts: Sequence[str]) -> None:
+    """Raises `SealError` if the store holds results of other contexts than the stage's, or of other held `texts`, by their config keys."""
+    store.same_data(stage.read | {key: [[str(i), digest(text)] for i, text in enumerate(found)] for key, found in texts.items()})
 
 
 def evaluate(stage: Stage, store: RunStore, when: str, baselines: bool = True) -> list[dict[str, Any]]:
@@ -103,9 +96,7 @@ def e_step(stage: Stage, store: RunStore, number: int, texts: Sequence[str] = ()
     everyone = stage.contexts["train"]
     contexts = take(everyone, r.contexts, (number - 1) * r.contexts)
     if number == 1 and r.rewards is not None:
-        records = store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
-        check_data(stage.task, f"{store.folder}: rounds/{number}/e_step/000", contexts, records)
-        return records
+        return store.once(f"rounds/{number}/e_step/000", lambda: read_rewards(stage, contexts))["contexts"]
     memory = None
     if retention.wanted(r.retention):
         after = take(everyone, r.retention.contexts, number * r.contexts)
@@ -146,6 +137,8 @@ def m_step(stage: Stage, store: RunStore, number: int, records: Sequence[dict[st
         texts = {(r["id"], e["candidate"]): e["text"] for r in records for e in r["edits"]}
         pairs = [(task.edit_prompt(contexts[k["context"]]), texts[k["context"], k["candidate"]].strip()) for k in kept]
         tuned, m = policy.tune(pairs, ("round", number, "m_step")), policy.config.m_step.lora
+        if not all(np.isfinite(leaf).all() for leaf in [tuned.losses, *jax.tree.leaves(tuned.weights)]):
+            raise SealError(f"{unit}: diverged: its losses or weights are not finite; lower m_step.learning_rate, in another run_dir")
         seconds = round(time.monotonic() - start, 3)
         store.save(f"policy/{number}", tuned.weights, {"round": number, "rank": m.rank, "alpha": m.alpha})
         losses = tuned.losses.tolist()
@@ -194,9 +187,11 @@ def train(
         refuse_evaluation(store, "train")
         claim(store, "train")
         texts = general.texts(config.rest_em.retention.texts) if retention.wanted(config.rest_em.retention) else []
-        done = store.has("table") and store.has(f"rounds/{config.rest_em.rounds}/m_step")  # so that a finished run can be read anywhere
+        # A finished run can be read where its grader is not; `evaluate` alone may have left a table that has less.
+        done = store.has(f"rounds/{config.rest_em.rounds}/m_step") and _of_all_rounds(config, store)
         stage = build(config, ("train", "validation"), grades=not done)
         retention.check(config, len(stage.contexts["train"]))  # before anything is measured
+        same_data(store, stage, **({"rest_em.retention.texts": texts} if texts else {}))
         evaluations = {}
         if config.evaluate.during_training:
             evaluations[policy_name(0)] = evaluate(stage, store, "before")
@@ -215,6 +210,12 @@ def train(
         start = time.monotonic()
         table = summary(config, evaluations, given.figures(config, stage.task))
         return store.keep("table", table, time.monotonic() - start)  # over what `evaluate` may have left there, which has less
+
+
+def _of_all_rounds(config: RunConfig, store: RunStore | WorkerStore) -> bool:
+    """Whether the store has the table of a run to its end."""
+    last = policy_name(config.rest_em.rounds)
+    return store.has("table") and any(row["policy"] == last for row in store.read("table")["rows"])
 
 
 def refuse_evaluation(store: RunStore, what: str) -> None:
@@ -268,6 +269,7 @@ def evaluate_only(
     with store or open_run(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")
+        same_data(store, stage)
         # `train` leaves the latter in its own folder, with a table that has these rows too.
         records, beside = evaluate(stage, store, "after" if rounds else "before"), given.figures(config, stage.task)
         return store.once("table", lambda: summary(config, {policy_name(rounds): records}, beside))

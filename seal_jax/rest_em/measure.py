@@ -6,9 +6,11 @@ The E-step of ReST-EM and the evaluation both are this; they differ in which met
 from __future__ import annotations
 
 import contextlib
+import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from seal_jax.rest_em.policy import Edit, Key, Policy
 from seal_jax.rest_em.retention import Memory
 from seal_jax.runs.store import Result
 from seal_jax.tasks.base import Apart, Context, Recorded, Score, Task, TrainingSet, Trial
+
+log = logging.getLogger(__name__)
 
 NONE = "no adaptation"
 
@@ -75,10 +79,14 @@ def measure(
         results = {}
         for (i, m, s, _), a, (_, outputs) in zip(trials, adapted, own, strict=True):
             results[i, m, s] = trial(s, outputs, a.losses, next(scores))
+        if diverged := sum(len(a.losses) > 0 and not np.isfinite(a.losses[-1]) for a in adapted):
+            log.warning(
+                "%d of %d fits diverged%s: their losses are not finite; a lower fit.learning_rate may help", diverged, len(adapted), what
+            )
         bare = [trial(0, outputs, np.zeros(0), next(scores)) for _, outputs in plain]
         for (i, m, s, _), a in zip(trials, adapted, strict=True) if memory is not None else ():
             kept = Score.of([v for _ in memory.contexts for v in next(scores).verdicts])
-            results[i, m, s]["retention"] = {"accuracy": kept.reward, "bits": a.bits}
+            results[i, m, s]["retention"] = {"accuracy": kept.reward, "verdicts": list(kept.verdicts), "bits": a.bits}
         records = []
         for i, context in enumerate(contexts):
             measured = {m: [results[i, m, s] for s in range(seeds) if (i, m, s) in results] for m in sets[i]}
@@ -87,7 +95,7 @@ def measure(
             for edit in edited if memory is not None else ():
                 cost = retention.cost(policy.config.rest_em.retention, memory, edit["trials"])
                 # An unusable edit harms nothing; it must not be better for that than one that does some good.
-                edit["score"] = None if edit["reward"] is None or edit["problem"] else edit["reward"] - cost
+                edit["score"] = None if edit["reward"] is None or edit["problem"] or cost is None else edit["reward"] - cost
             unmade = {m: data.problem for m, data in sets[i].items() if isinstance(m, str) and data.problem}
             records.append(record(task, context, methods, edited) | ({"unmade": unmade} if unmade else {}))
         return {"contexts": records, "seconds": clock.seconds}
@@ -141,7 +149,7 @@ def trial(seed: int, outputs: Sequence[str], losses: np.ndarray, score: Score) -
 
 def edit_record(candidate: int, text: str, data: TrainingSet, trials: list[dict[str, Any]]) -> dict[str, Any]:
     """An unusable self-edit earns 0; one that could not be graded has no reward."""
-    rewards = [t["reward"] for t in trials if t["reward"] is not None]
+    rewards = [_exact(t) for t in trials if t["reward"] is not None]
     return {
         "candidate": candidate,
         "text": text,
@@ -149,9 +157,15 @@ def edit_record(candidate: int, text: str, data: TrainingSet, trials: list[dict[
         "dropped": data.dropped,
         "sequences": [s.shown for s in data.sequences],
         "trials": trials,
-        # Exact before it is rounded, so that 0.2, 0.4 and 0.6 are no more than three times 0.4.
-        "reward": 0.0 if data.problem else statistics.mean(rewards) if rewards else None,
+        # Exact before it is rounded, so that edits with equal sums tie: 0.2 and 0.4 are no more than twice 0.3.
+        "reward": 0.0 if data.problem else float(statistics.mean(rewards)) if rewards else None,
     }
+
+
+def _exact(trial: dict[str, Any]) -> Fraction:
+    """A trial's reward as the share that it is, of so many questions at most, rather than the nearest number of a computer's."""
+    share = Fraction(trial["reward"]).limit_denominator(max(len(trial["verdicts"]), 1))
+    return share if float(share) == trial["reward"] else Fraction(trial["reward"])
 
 
 class Clock:

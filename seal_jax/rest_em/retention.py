@@ -35,7 +35,7 @@ class Memory:
     held: Any  # adapters on the mesh, the same on each shard; None: no passages were taught
     contexts: tuple[Context, ...]
     texts: Texts
-    accuracy: float | None  # the share of the contexts' questions that are answered right
+    verdicts: tuple[bool | None, ...]  # on all questions of the contexts
     bits: float  # per token of the texts
 
 
@@ -76,7 +76,8 @@ def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Cont
         places = [i % mesh_lib.shards(policy.mesh) for i in range(len(probes))]
         outputs = policy.answer(probes, adapters, places, "answering from memory") if probes else []
         scores = stage.task.score([(c, tuple(o)) for c, o in zip(contexts, outputs, strict=True)])
-        return {"accuracy": Score.of([v for s in scores for v in s.verdicts]).reward, "bits": float(policy.bits(texts, adapters)[0])}
+        score = Score.of([v for s in scores for v in s.verdicts])
+        return {"accuracy": score.reward, "verdicts": list(score.verdicts), "bits": float(policy.bits(texts, adapters)[0])}
 
     known = store.once(unit, measured)
     if known["bits"] is None or not math.isfinite(known["bits"]):
@@ -84,7 +85,7 @@ def remember(stage: Stage, store: RunStore, number: int, contexts: Sequence[Cont
             f"{unit}: the bits a token of rest_em.retention.texts are not finite under the policy and what it is to remember: a fit "
             "diverged; lower fit.learning_rate or, if it was the round before, m_step.learning_rate"
         )
-    return Memory(None if held is None else held.placed(), tuple(contexts), texts, known["accuracy"], known["bits"])
+    return Memory(None if held is None else held.placed(), tuple(contexts), texts, tuple(known["verdicts"]), known["bits"])
 
 
 def _teach(policy: Policy, task: Task, contexts: Sequence[Context], key: tuple[str | int, ...], held: Held) -> dict[str, Any]:
@@ -102,12 +103,22 @@ def _teach(policy: Policy, task: Task, contexts: Sequence[Context], key: tuple[s
     return {"contexts": told, "losses": [float(x) for x in fitted.losses[0]]}
 
 
-def cost(config: RetentionConfig, memory: Memory, trials: Sequence[Mapping[str, Any]]) -> float:
-    """What is taken off an edit's reward: the mean over its trials of what got worse, weighed."""
+def fall(before: Sequence[bool | None], after: Sequence[bool | None]) -> float | None:
+    """By how much the share of right answers falls, over the questions that were graded both times; None if there are none of those."""
+    both = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
+    return sum(b - a for b, a in both) / len(both) if both else None
+
+
+def cost(config: RetentionConfig, memory: Memory, trials: Sequence[Mapping[str, Any]]) -> float | None:
+    """What is taken off an edit's reward: the mean over its trials of what got worse, weighed.
+
+    A trial without a question graded before and after tells nothing; None if none does.
+    """
     found = []
     for trial in trials:
-        accuracy, bits = trial["retention"]["accuracy"], trial["retention"]["bits"]
-        fall = 0.0 if accuracy is None or memory.accuracy is None else max(0.0, memory.accuracy - accuracy)
+        bits = trial["retention"]["bits"]
+        fallen = fall(memory.verdicts, trial["retention"]["verdicts"]) if config.weight and memory.verdicts else 0.0
         rise = max(0.0, bits - memory.bits) if math.isfinite(bits) else math.inf  # of an edit that diverged: nothing is worth that
-        found.append(config.weight * fall + (config.bits * rise if config.bits else 0.0))
-    return float(np.mean(found)) if found else 0.0
+        if fallen is not None:
+            found.append(config.weight * max(0.0, fallen) + (config.bits * rise if config.bits else 0.0))
+    return float(np.mean(found)) if found else None

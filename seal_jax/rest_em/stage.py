@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -23,7 +26,7 @@ from seal_jax.progress import bar
 from seal_jax.rest_em import given
 from seal_jax.rest_em.policy import Policy
 from seal_jax.runs.store import CONFIG, RunStore
-from seal_jax.tasks.base import Context, Prompt, Task
+from seal_jax.tasks.base import Context, Prompt, Task, to_json
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +40,16 @@ class Stage:
     policy: Policy
     task: Task
     contexts: dict[str, list[Context]]
+
+    @property
+    def read(self) -> dict[str, list[list[str]]]:
+        """Of each split that was read, by its config key, [id, digest] of each context; see `RunStore.same_data`."""
+        return {f"task.{split}": [[c.id, digest(to_json(c))] for c in found] for split, found in self.contexts.items()}
+
+
+def digest(data: Any) -> str:
+    """Some digits that tell JSON data from other."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def build(

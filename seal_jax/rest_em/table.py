@@ -13,6 +13,7 @@ import numpy as np
 
 from seal_jax import rng
 from seal_jax.tasks.base import Figure
+from seal_jax.words import counted
 
 EDIT = "passage + self-edit"
 
@@ -59,6 +60,11 @@ def rows(contexts: Sequence[Mapping[str, Any]], policy: str, seeds: int, edits: 
 
 def _row(method: str, policy: str, statistic: str, values: list[float | None], ungraded: int) -> dict[str, Any]:
     return {"method": method, "policy": policy, "statistic": statistic, "values": values, "ungraded": ungraded}
+
+
+def _trials(context: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All trials of a context's record."""
+    return [t for trials in (*context["methods"].values(), *(e["trials"] for e in context["edits"])) for t in trials]
 
 
 def _ungraded(trials: Any) -> int:
@@ -111,6 +117,9 @@ def table(
     for method in next(iter(first))["methods"] if first else ():
         if unmade := [c["unmade"][method] for c in first if method in c.get("unmade", {})]:
             said.append(f"{(names or {}).get(method, method)}: without {len(unmade)} of {len(first)} contexts, as of one: {unmade[0]}")
+    fits = [t for contexts in groups.values() for c in contexts for t in _trials(c) if t.get("steps")]
+    if diverged := sum(t["loss_last"] is None for t in fits):  # of a loss that is no number, a record has none
+        said.append(f"{diverged} of {counted(len(fits), 'fit')} diverged, and count as what they then answered; lower fit.learning_rate")
     below = dict.fromkeys(figure.note for figure in beside if figure.note)
     if beside:
         said.append("rows of other files were measured with their own model, contexts and grader, so that they have no gain")

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -69,7 +69,7 @@ def _svg(figure: Figure, label: str) -> Markup:
     text = re.sub(r' id="([\w-]+)"', lambda found: found[0] if found[1] in used else "", text)  # several charts share one page
     text = re.sub(
         r'^<svg [^>]*?viewBox="([^"]+)"[^>]*>',
-        rf'<svg xmlns="http://www.w3.org/2000/svg" viewBox="\1" role="img" aria-label="{label}">',
+        lambda found: f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{found[1]}" role="img" aria-label="{escape(label)}">',
         text,
         count=1,
     )

@@ -179,7 +179,11 @@ def place(given: str | os.PathLike[str] | ObjectPath) -> Place:
     text = os.fspath(given)
     match = re.fullmatch(r"([A-Za-z][\w+.-]*)://(.*)", text, re.DOTALL)
     if match is None:
-        return pathlib.Path(text)
+        path = pathlib.Path(text)
+        try:
+            return path.expanduser()
+        except RuntimeError:  # no such user
+            return path
     scheme, key = match[1], pathlib.PurePosixPath(match[2].strip("/"))
     if scheme not in CONTENT_TYPE:
         raise SealError(f"{text}: {scheme}:// is not known here; give a folder, gs://BUCKET/PATH or s3://BUCKET/PATH")

@@ -120,6 +120,7 @@ def view(folder: Place) -> dict[str, Any]:
         {
             "number": n,
             "contexts": [c for group in groups(f"rounds/{n}/e_step/") for c in group["contexts"]],
+            "memory": read(f"rounds/{n}/memory"),
             "selection": read(f"rounds/{n}/selection"),
             "m_step": read(f"rounds/{n}/m_step"),
         }
@@ -294,7 +295,19 @@ def _round_summary(r: Mapping[str, Any]) -> dict[str, Any]:
         "kept": len(r["selection"]["kept"]) if r["selection"] else None,
         "steps": step["steps"] if step else None,
         "loss": (known[0], known[-1]) if known else None,
+        "memory": _memory(r["memory"], contexts) if r["memory"] else None,
     }
+
+
+def _memory(before: Mapping[str, Any], contexts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the policy knew before a round's edits, where rewards count that, and after one, in the mean over contexts."""
+    trials = [[t["retention"] for e in c["edits"] for t in e["trials"] if "retention" in t] for c in contexts]
+    told: dict[str, Any] = {"accuracy": before["accuracy"], "bits": before["bits"]}
+    for key in ("accuracy", "bits"):
+        known = [mean for of_context in trials if (mean := _mean(t[key] for t in of_context)) is not None]
+        told[f"{key}_after"] = _estimate(known)
+    scores = [found for c in contexts if (found := [e["score"] for e in c["edits"] if e.get("score") is not None])]
+    return {**told, "score": _estimate([sum(found) / len(found) for found in scores])}
 
 
 def _spread_panel(title: str, contexts: Sequence[Mapping[str, Any]], selection: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -309,7 +322,7 @@ def _spread_panel(title: str, contexts: Sequence[Mapping[str, Any]], selection: 
 def _counts(contexts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     edits = [edit for c in contexts for edit in c["edits"]]
     trials = [t for c in contexts for ts in c.get("methods", {}).values() for t in ts] + [t for e in edits for t in e["trials"]]
-    verdicts = [verdict for trial in trials for verdict in trial["verdicts"]]
+    verdicts = [verdict for trial in trials for verdict in (*trial["verdicts"], *trial.get("retention", {}).get("verdicts", ()))]
     return {
         "contexts": len(contexts),
         "edits": len(edits),
@@ -362,6 +375,7 @@ def _example(label: str, context: Mapping[str, Any]) -> dict[str, Any]:
         "passage": context.get("passage"),
         "edit": edit,
         "rewards": [e["reward"] for e in context["edits"]],
+        "score": edit.get("score") if edit else None,
         "unadapted": _unadapted(context),
         "trial": after,
         "trials": len(edit["trials"]) if edit else 0,

@@ -2,6 +2,7 @@
 
     config.yaml       the resolved configuration
     versions.json     packages, platform and devices of the run's first process, or first worker
+    data.json         digests of the contexts and held texts that were read
     events.jsonl      what happened when (`seal_jax.runs.events`)
     <unit>.json       the result of a unit, say rounds/1/e_step/000.json; there and whole, or not there
     policy/1/         the policy's adapter after round 1 (`seal_jax.runs.checkpoint`)
@@ -23,6 +24,7 @@ import contextlib
 import fnmatch
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -46,7 +48,7 @@ from seal_jax.runs.lease import Lease
 from seal_jax.runs.lock import LOCK, FolderLock, acquire
 from seal_jax.runs.places import ObjectPath, Place
 
-CONFIG, VERSIONS, EVENTS = "config.yaml", "versions.json", "events.jsonl"
+CONFIG, VERSIONS, DATA, EVENTS = "config.yaml", "versions.json", "data.json", "events.jsonl"
 CHECKPOINTS = ("policy/", "memory/", "adapters/", "states/", "models/")  # folders of `seal_jax.runs.checkpoint`, with orbax's own files
 _OWN = (LOCK, VERSIONS, EVENTS, f".*{files.TEMPORARY}")  # what a run killed while its folder was made may have left
 
@@ -140,6 +142,35 @@ class RunStore:
         # What `before` does not tell of, an earlier version of this program did not write down.
         elif differs := {key: [value, now.get(key)] for key, value in before.items() if value != now.get(key)}:
             self.log("versions_changed", changes=differs)
+
+    def same_data(self, now: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        """Notes what data is read: by the config key that names it, [id, digest] of each item.
+
+        Raises `SealError` if results here are of other data.
+        """
+        if problem := self.other_data(now):
+            raise SealError(problem)
+
+    def other_data(self, now: Mapping[str, Sequence[Sequence[str]]]) -> str | None:
+        """`same_data`, with what is wrong returned."""
+        return self._ask(lambda: self._other_data(now))
+
+    def _other_data(self, now: Mapping[str, Sequence[Sequence[str]]]) -> str | None:
+        try:
+            before = read_unit(self.folder / DATA)
+        except (Missing, Damaged):
+            before = {}
+        for source, items in now.items() if self._names() else ():
+            pairs = itertools.zip_longest(before.get(source, items), items)
+            if (other := next(((a or b)[0] for a, b in pairs if a is None or b is None or list(a) != list(b)), None)) is not None:
+                return (
+                    f"{self.folder}: holds results of other data than {source} now has, at {other!r}; "
+                    "bring the data back, or choose another run_dir"
+                )
+        if (found := {**before, **{source: [list(item) for item in items] for source, items in now.items()}}) != before:
+            self._check()
+            files.write_atomic(self.folder / DATA, files.dump(found))
+        return None
 
     def log(self, event: str, /, **fields: Any) -> None:
         """Appends to the event log. The report counts events "skipped", with `reason`, and `count` if more than one item was."""
@@ -253,12 +284,12 @@ class RunStore:
             paths = list(root.rglob("*.json"))
         else:  # `rglob` of a folder fails where checkpoints come and go meanwhile
             paths = [pathlib.Path(parent, name) for parent, _, names in os.walk(root) for name in names if name.endswith(".json")]
-        found = (self._name(path) for path in paths if path.name != VERSIONS and not path.name.startswith("."))
+        found = (self._name(path) for path in paths if path.name not in (VERSIONS, DATA) and not path.name.startswith("."))
         units = [name for name in found if name.startswith(prefix) and not name.startswith(CHECKPOINTS)]
         return sorted(units, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
     def _path(self, name: str) -> Place:
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name, re.ASCII) or name == "versions":
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name, re.ASCII) or f"{name}.json" in (VERSIONS, DATA):
             raise ValueError(f"{name!r}: not the name of a unit")
         return self.folder / f"{name}.json"
 

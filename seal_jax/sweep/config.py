@@ -66,6 +66,7 @@ class SweepConfig:
 
 CHOICES = {"run": (None, "train", "evaluate"), "search": ("grid", "random", "optuna", "lanes"), "resources.tpu": (0, 1, 2, 4, 8)}
 AT_LEAST = {"trials": 1, "seed": 0, "concurrent": 1, "retries": 0, "resources.cpu": 1, "resources.gpu": 0}
+RANGE = ("low", "high", "log")  # keys of a range
 OWN = ("name", "run_dir")  # config keys that are each trial's own
 
 
@@ -77,7 +78,7 @@ class Sweep:
     base: RunConfig
     space: Space
     data: dict[str, Any]  # the base file as it was read: interpolations in it follow what a trial sets
-    overrides: tuple[str, ...]  # of all trials
+    fixed: Settings  # of all trials
     where: str  # the sweep file, for messages
 
     @property
@@ -100,7 +101,7 @@ class Sweep:
     def trial(self, settings: Settings, run_dir: str | None = None) -> RunConfig:
         """The config of the trial with these settings. Raises `SealError` if there is none such."""
         own = {} if run_dir is None else {"name": f"{self.config.name}-{pathlib.Path(run_dir).name}", "run_dir": run_dir}
-        return config_lib.build(self.data, [*self.overrides, *space_lib.overrides({**settings, **own})], self.where)
+        return config_lib.build(self.data, where=self.where, settings={**self.fixed, **settings, **own})
 
     def has(self, settings: Settings) -> bool:
         """Whether the settings are in the space."""
@@ -126,6 +127,9 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
         given = OmegaConf.create(said)
         for item in overrides:
             given = config_lib.override(given, item)
+            key, _, written = item.partition("=")
+            if config_lib.is_text(OmegaConf.structured(SweepConfig), key):
+                OmegaConf.update(given, key, config_lib.texts(written))
         parts = {key: OmegaConf.to_container(given)[key] for key in ("set", "space") if given._get_node(key) is not None}
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
         raise SealError(f"{where}: {' '.join(str(error).split())}") from None
@@ -135,8 +139,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
     config = config_lib.fill(OmegaConf.structured(SweepConfig), OmegaConf.masked_copy(given, [k for k in given if k not in parts]), where)
     _check(config, where)
     data = config_lib.read(pathlib.Path(path).parent / config.base)
-    fixed = space_lib.flatten(parts.get("set") or {})
-    asked = space_lib.flatten(parts.get("space") or {}, ("low", "high", "log"))
+    fixed, asked = _overridden(parts, data, overrides)
     for key in (*fixed, *asked):
         if key.startswith("executor."):
             raise SealError(f"{where}: {key}: a trial runs in one process, and Ray places trials; leave it out")
@@ -146,8 +149,8 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
         raise SealError(f"{where}: {both[0]} is in set and in space; leave it out of one")
     if not asked:
         raise SealError(f"{where}: space is empty: name the config keys that trials differ in")
-    overrides = (*space_lib.overrides(fixed), "executor.name=local")  # whatever the base has: Ray places trials
-    sweep = Sweep(config, config_lib.build(data, overrides, where), {}, data, overrides, where)
+    fixed["executor.name"] = "local"  # whatever the base has: Ray places trials
+    sweep = Sweep(config, config_lib.build(data, where=where, settings=fixed), {}, data, fixed, where)
     space = {key: _dimension(sweep, key, space_lib.parse(key, value, where)) for key, value in asked.items()}
     if config.search == "grid" and (ranges := [key for key, d in space.items() if isinstance(d, Range)]):
         raise SealError(f"{where}: space.{ranges[0]} is a range, search is grid: give a list of values, or search: random or optuna")
@@ -155,6 +158,24 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
     if config.asha is not None:
         _check_asha(sweep)
     return sweep
+
+
+def _overridden(parts: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Settings, Settings]:
+    """What `set` and `space` say by dotted config key, whichever way the file spells keys, an override over the file.
+
+    A text stays as an override has it: 00576224 is a number to YAML, and to ARC the id of a puzzle.
+    """
+    found = {part: space_lib.flatten(parts.get(part) or {}, RANGE if part == "space" else ()) for part in ("set", "space")}
+    task = {**found["set"], "task.name": found["set"].get("task.name", (data.get("task") or {}).get("name"))}["task.name"]
+    schema = config_lib.schema_of(task) if task in config_lib.task_names() else None
+    for item in overrides:
+        key, _, written = item.partition("=")
+        part, _, key = key.partition(".")
+        if part in found and key and key in found[part]:
+            is_text = schema is not None and config_lib.is_text(schema, key)
+            value = config_lib.texts(written) if is_text else OmegaConf.to_container(OmegaConf.from_dotlist([f"value={written}"]))["value"]
+            found[part][key] = value
+    return found["set"], found["space"]
 
 
 def _value(config: Any, key: str) -> Any:
@@ -168,8 +189,9 @@ def _dimension(sweep: Sweep, key: str, said: Choices | Range) -> Choices | Range
     """What was said of `key`, with values as the config has them; each is tried in it."""
     if isinstance(said, Choices):
         return Choices(tuple(_value(sweep.trial({key: value}), key) for value in said.values))
-    low, high = (_value(sweep.trial({key: value}), key) for value in (said.low, said.high))
-    if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)):
+    text = isinstance(_value(sweep.base, key), str)  # which would not take a number
+    low, high = (said.low, said.high) if text else (_value(sweep.trial({key: value}), key) for value in (said.low, said.high))
+    if text or not all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high)):
         raise SealError(f"{sweep.where}: space.{key}: is no number in the config, so it has no range; give a list of values")
     return Range(low, high, said.log)
 

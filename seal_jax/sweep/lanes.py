@@ -22,6 +22,7 @@ from seal_jax.rest_em import given, loop
 from seal_jax.rest_em.measure import NONE, Clock, edit_record, record, trial
 from seal_jax.rest_em.policy import Edit
 from seal_jax.rest_em.stage import Stage, build
+from seal_jax.runs import track
 from seal_jax.runs.store import RunStore
 from seal_jax.sweep import space as space_lib
 from seal_jax.sweep import table as table_lib
@@ -85,6 +86,7 @@ def run(sweep: Sweep) -> tuple[list[Record], list[str]]:
     e = base.evaluate
     with loop.open_run(base) as store:
         stage = build(engine_config(base, lanes), ("validation",))
+        loop.same_data(store, stage)
         contexts = loop.take(stage.contexts["validation"], e.contexts, 0)
         found: dict[str, list[dict[str, Any]]] = {lane.name: [] for lane in lanes}
         seconds = dict.fromkeys(found, 0.0)
@@ -138,7 +140,8 @@ def _measured(
 
     def compute(lane: Lane) -> dict[str, Any]:
         if lane.name not in made:  # a damaged unit is missing as well, as is seen only when it is read
-            made.update(_measure(stage, missing if lane in missing else [lane], contexts, shared, what))
+            with track.group():
+                made.update(_measure(stage, missing if lane in missing else [lane], contexts, shared, what))
         return made[lane.name]
 
     return [store.once(units[lane.name], functools.partial(compute, lane)) for lane in lanes]
@@ -181,6 +184,7 @@ def _measure(
             measured = {m: [results[lane.name, i, m, s] for s in range(seeds) if (lane.name, i, m, s) in results] for m in sets[i]}
             methods = {NONE: [told["bare"]], **{m: trials for m, trials in measured.items() if isinstance(m, str)}}
             edited = [edit_record(k, text, sets[i][k], measured[k]) for k, text in enumerate(told["edits"])]
-            records.append(record(task, context, methods, edited))
+            unmade = {m: data.problem for m, data in sets[i].items() if isinstance(m, str) and data.problem}
+            records.append(record(task, context, methods, edited) | ({"unmade": unmade} if unmade else {}))
         found[lane.name] = {"contexts": records, "seconds": share}
     return found

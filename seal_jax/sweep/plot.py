@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ def draw(name: str, rows: Sequence[dict[str, Any]], space: Space) -> bytes:
     known = [row for row in rows if row["result"] is not None and row["result"]["mean"] is not None]
     rounds = [row for row in rows if any(r is not None for r in row["rewards"])]
     panels = len(space) * bool(known) + bool(rounds)
-    with matplotlib.rc_context(charts.STYLE):
+    with matplotlib.rc_context(charts.STYLE | {"text.parse_math": False}):  # a value may look like mathematics
         columns = min(WIDE, max(panels, 1))
         lines = -(-max(panels, 1) // columns)
         figure = Figure(figsize=(3.4 * columns + 0.4, 2.9 * lines + 0.3), layout="constrained")
@@ -50,7 +51,7 @@ def _key(axes: Axes, key: str, dimension: Choices | Range, rows: Sequence[dict[s
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
-        choices = [space_lib.shown(value) for value in dimension.values]
+        choices = [re.sub(r"[\x00-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", space_lib.shown(value)) for value in dimension.values]
         of_choice = [[row for row in rows if row["settings"][key] == value] for value in dimension.values]
         places = []
         for row in rows:  # those of one value beside each other

@@ -26,8 +26,8 @@ from seal_jax.errors import SealError
 from seal_jax.parallel import processes
 from seal_jax.runs import files
 from seal_jax.runs.lock import LOCK
-from seal_jax.runs.places import ObjectPath
-from seal_jax.runs.store import CONFIG, FREE_KEYS, Damaged, compare, read_unit
+from seal_jax.runs.places import ObjectPath, place
+from seal_jax.runs.store import CONFIG, DATA, FREE_KEYS, Damaged, Missing, compare, read_unit
 from seal_jax.sweep import plot
 from seal_jax.sweep import space as space_lib
 from seal_jax.sweep import table as table_lib
@@ -68,6 +68,7 @@ def run(sweep: Sweep) -> dict[str, Any]:
 
         trials.run(sweep, list(records.values()), keep)
         table = _build(sweep, records)
+        table["notes"] += of_other_data(table)
         write_table(sweep, table, True)
     return table
 
@@ -91,6 +92,18 @@ def _build(sweep: Sweep, records: dict[str, Record]) -> dict[str, Any]:
     """The table of the sweep as it now is: a folder may hold trials of another space as well."""
     names = list(records) if sweep.config.search == "optuna" else [space_lib.digest(settings) for settings in sweep.settings()]
     return table_lib.build([records[name] for name in names if name in records and sweep.has(records[name]["settings"])])
+
+
+def of_other_data(table: dict[str, Any]) -> list[str]:
+    """A note for below the table if the files that trials read have changed from one to the next; where a config key says so, it shows."""
+    found: dict[str, list[str]] = {}
+    for row in table["rows"]:
+        if any(key.startswith(("task.", "model.", "rest_em.retention.")) for key in row["settings"]):
+            return []
+        with contextlib.suppress(Missing, Damaged):
+            found.setdefault(str(read_unit(place(row["run"]) / DATA)), []).append(row["trial"])
+    others = [name for names in sorted(found.values(), key=len, reverse=True)[1:] for name in names]
+    return [f"NOT COMPARABLE: the data files were others for {', '.join(others)} than for most trials"] if others else []
 
 
 def failures(table: dict[str, Any]) -> int:

@@ -47,7 +47,7 @@ class Range:
         """The number at `share` in [0, 1) of the way; those that are not whole have four digits."""
         low, high = self.low, self.high + 1 if self.whole else self.high
         found = low * (high / low) ** share if self.log else low + (high - low) * share
-        return min(int(found), self.high) if self.whole else min(max(float(f"{found:.4g}"), self.low), self.high)
+        return min(math.floor(found), self.high) if self.whole else min(max(float(f"{found:.4g}"), self.low), self.high)
 
     def has(self, value: Any) -> bool:
         return isinstance(value, int if self.whole else int | float) and self.low <= value <= self.high
@@ -111,11 +111,6 @@ def random(space: Space, count: int, seed: int) -> list[Settings]:
 def digest(settings: Settings) -> str:
     """A short name of the settings, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def overrides(settings: Settings) -> list[str]:
-    """The settings as `key=value` for `seal_jax.config.build`."""
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
 
 
 def shown(value: Any) -> str:

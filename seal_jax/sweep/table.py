@@ -23,8 +23,12 @@ Record = dict[str, Any]
 
 
 def reward(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """The reward of a round from its E-step's records: the mean over contexts of the mean over candidates; None if nothing was graded."""
-    known = [[e["reward"] for e in record["edits"] if e["reward"] is not None] for record in records]
+    """The reward of a round from its E-step's records: the mean over contexts of the mean over candidates; None if nothing was graded.
+
+    Where rewards count what an edit harms (`rest_em.retention`), less that.
+    """
+    found = [[e.get("score", e["reward"]) for e in record["edits"]] for record in records]  # a score is there where harm counts
+    known = [[reward for reward in rewards if reward is not None] for rewards in found]
     means = [statistics.mean(rewards) for rewards in known if rewards]
     return statistics.mean(means) if means else None
 

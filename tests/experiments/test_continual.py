@@ -1,5 +1,7 @@
 """Continual self-edits on a tiny model: the methods do what they say, and a run can be stopped and gone on with."""
 
+import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -121,6 +123,19 @@ def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
         store._path("table").unlink()
         continual.run(settings)
     assert units(settings.run_dir) == finished
+
+
+def test_other_data_is_refused(finished, settings, tmp_path):
+    shutil.copytree(settings.run_dir, tmp_path / "run")
+    (tmp_path / "texts.txt").write_text("Something else is held now.\n")
+    validation = json.loads(pathlib.Path(settings.task.validation).read_text())
+    validation[0]["questions"][0]["answer"] = "another"
+    (tmp_path / "validation.json").write_text(json.dumps(validation))
+    for key, path in (("continual.texts", "texts.txt"), ("task.validation", "validation.json")):
+        changed = config.load(f"{settings.run_dir}/config.yaml", [f"{key}={tmp_path / path}", f"run_dir={tmp_path / 'run'}"])
+        (tmp_path / "run/config.yaml").write_text(config.to_yaml(changed))  # as if the file of that name had changed
+        with pytest.raises(SealError, match=f"holds results of other data than {key} now has, at '0"):
+            continual.run(changed)
 
 
 def test_folders_of_other_commands_are_refused(finished, settings, tiny_run):

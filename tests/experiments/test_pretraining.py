@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -103,6 +105,24 @@ def test_all_weights_train_and_the_model_can_be_kept(settings, units, tmp_path, 
         for k in ("embed", "final_norm")
     ]
     assert min(moved) > 1e-3  # embeddings and norms too
+
+
+def test_other_data_is_refused(finished, settings, tmp_path):
+    shutil.copytree(settings.run_dir, tmp_path / "run")
+    path = pathlib.Path(settings.task.validation)
+    passages = path.read_text()
+    try:
+        path.write_text(json.dumps(list(reversed(json.loads(passages)))))
+        with pytest.raises(SealError, match=r"holds results of other data than task.validation now has, at '0"):
+            pretraining.run(dataclasses.replace(settings, run_dir=str(tmp_path / "run")))
+    finally:
+        path.write_text(passages)
+
+
+def test_a_training_that_diverges_stops_the_run(settings, tmp_path, quick_compile):
+    keys = ["pretraining.sft.learning_rate=1e38", "pretraining.sft.max_grad_norm=0", f"run_dir={tmp_path / 'run'}"]
+    with quick_compile(), pytest.raises(SealError, match=r"training on passage only, 1 passage: diverged: .*lower pretraining"):
+        pretraining.run(config.load(f"{settings.run_dir}/config.yaml", keys))
 
 
 def test_too_few_passages_are_said(settings, tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seal_jax import config
+from seal_jax.errors import SealError
 from seal_jax.fleet.ledger import Ledger
 from seal_jax.fleet.store import Lost, WorkerStore
 from seal_jax.runs.store import RunStore
@@ -95,6 +96,17 @@ def test_a_result_is_waited_for_when_the_next_unit_is_computed_or_none_is_left(t
         worker = WorkerStore("0.0", "run", asks(ledger, guard), pause)
         assert worker.each(UNITS[:4], compute) == [{"unit": unit} for unit in UNITS[:4]]
     assert said == ["compute 0", "compute 1", "wait 0", "compute 2", "wait 2", "pause"]
+
+
+def test_workers_read_the_same_data(tmp_path, settings):
+    with RunStore.create_or_open(tmp_path / "run", settings) as store:
+        ledger, guard = Ledger(store), threading.RLock()
+        first, second = (WorkerStore(name, "run", asks(ledger, guard), lambda seconds: None) for name in ("0.0", "1.0"))
+        first.same_data({"task.train": [["a", "1"]]})
+        first.once(UNITS[0], lambda: {})
+        second.same_data({"task.train": [["a", "1"]]})
+        with pytest.raises(SealError, match=r"holds results of other data than task.train now has, at 'a'"):
+            second.same_data({"task.train": [["a", "2"]]})
 
 
 def test_a_result_that_is_waited_for_is_kept_where_the_next_unit_fails(tmp_path, settings):

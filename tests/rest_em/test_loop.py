@@ -267,8 +267,15 @@ def test_data_that_has_changed_since_is_told(tiny_run, base, tmp_path):
         path.write_text(json.dumps(changed))
         config = dataclasses.replace(base, run_dir=str(run), task=dataclasses.replace(base.task, train=str(path)))
         (run / "config.yaml").write_text(config_lib.to_yaml(config))
-        with pytest.raises(SealError, match=rf"{run}: rounds/1/e_step/000: was measured with other data than there is now, at '00000-"):
+        (gone := run / "evaluate/after/000.json").unlink()
+        measured = {found: found.read_bytes() for found in run.rglob("*.json")}
+        with pytest.raises(
+            SealError, match=rf"{run}: holds results of other data than task.train now has, at '00000-.*; bring the data back"
+        ):
             loop.train(config)
+        assert not gone.exists() and all(found.read_bytes() == old for found, old in measured.items()), "nothing is mixed"
+        path.write_text(json.dumps(data))
+        assert loop.train(config)["rows"], "with the data as it was, the run goes on"
 
 
 def test_an_evaluation_does_not_mix_two_policies(tiny_run, base, tmp_path):

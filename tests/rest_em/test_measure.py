@@ -1,5 +1,6 @@
 """`measure` with a scripted policy and task: who is fitted, what is asked, and how the results find their places."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from seal_jax.errors import SealError
 from seal_jax.rest_em import policy
-from seal_jax.rest_em.measure import from_recorded, measure
+from seal_jax.rest_em.measure import edit_record, from_recorded, measure
 from seal_jax.rest_em.policy import Adapted
 from seal_jax.tasks.base import Context, Prompt, Recorded, Score, TrainingSet, TrainSequence, Trial
 
@@ -191,6 +192,18 @@ def test_equal_rewards_are_equal_in_whatever_order_their_trials_came():
         return from_recorded(Task(), CONTEXTS[1], Recorded(trials[0], (("", trials),)))["edits"][0]["reward"]
 
     assert reward(0.2, 0.4, 0.6) == reward(0.6, 0.4, 0.2) == reward(0.4, 0.4, 0.4)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_rewards_of_equal_sums_tie_however_they_are_shared_out(seeds):
+    for questions in range(2, 9):
+        found = {}
+        for right in itertools.product(range(questions + 1), repeat=seeds):
+            trials = [{"reward": n / questions, "verdicts": [None] * questions} for n in right]
+            found.setdefault(sum(right), set()).add(edit_record(0, "", TrainingSet(()), trials)["reward"])
+            if len(set(right)) == 1:
+                assert found[sum(right)] == {right[0] / questions}, "nor does a mean of the unadapted reward differ from it"
+        assert all(len(rewards) == 1 for rewards in found.values())
 
 
 def test_seconds_are_told_by_stage():

@@ -112,7 +112,7 @@ def test_going_on_equals_not_stopping(finished, settings, units, quick_compile):
     assert units(settings.run_dir) == finished
 
 
-def test_too_few_passages_to_remember_is_said(settings, tmp_path):
+def test_too_few_passages_to_remember_is_said(finished, settings, tmp_path):
     with pytest.raises(SealError, match=r"rest_em.retention.contexts=3: beside the 2 contexts of a round, task.train has only 2"):
         changed = config.load(f"{settings.run_dir}/config.yaml", ["rest_em.retention.contexts=3", f"run_dir={tmp_path / 'run'}"])
         loop.train(changed)
@@ -124,9 +124,20 @@ def test_nothing_is_counted_by_default():
 
 
 def test_an_edit_that_diverged_is_worth_nothing():
-    memory = retention.Memory(None, (), None, None, 1.0)
-    told = lambda bits: [{"retention": {"accuracy": None, "bits": bits}}]  # noqa: E731
+    memory = retention.Memory(None, (), None, (), 1.0)
+    told = lambda bits: [{"retention": {"verdicts": [], "bits": bits}}]  # noqa: E731
     counted, uncounted = RetentionConfig(bits=1.0), RetentionConfig(bits=0.0)
     assert retention.cost(counted, memory, told(3.0)) == 2.0 and retention.cost(counted, memory, told(0.5)) == 0.0
     assert retention.cost(counted, memory, told(float("nan"))) == retention.cost(counted, memory, told(float("inf"))) == float("inf")
     assert retention.cost(uncounted, memory, told(float("nan"))) == 0.0
+
+
+def test_what_could_not_be_graded_is_no_proof_of_harmlessness():
+    memory, config = retention.Memory(None, (), None, (True, True, False, None), 1.0), RetentionConfig(contexts=1, weight=1.0)
+    trial = lambda *verdicts: {"retention": {"verdicts": list(verdicts), "bits": 1.0}}  # noqa: E731
+    assert retention.cost(config, memory, [trial(True, False, False, True)]) == pytest.approx(1 / 3)
+    assert retention.cost(config, memory, [trial(None, False, False, True)]) == 0.5, "over what was graded both times"
+    lost, nothing = trial(False, False, False, False), trial(None, None, None, True)
+    assert retention.cost(config, memory, [lost, nothing]) == retention.cost(config, memory, [lost]) == pytest.approx(2 / 3)
+    assert retention.cost(config, memory, [nothing]) is None
+    assert retention.cost(RetentionConfig(weight=0.0), memory, [nothing]) == 0.0

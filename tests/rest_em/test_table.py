@@ -114,6 +114,14 @@ def test_contexts_that_a_baseline_could_not_be_made_for_are_said():
     assert "passage only: without 1 of 2 contexts, as of one: 9 training steps" in result["notes"]
 
 
+def test_fits_that_diverged_are_said():
+    found = context(0.0, [0.5], edit(0, 1.0, 0.0))
+    for n, one in enumerate((*found["methods"]["passage only"], *found["edits"][0]["trials"])):
+        one.update(steps=3, loss_first=2.0, loss_last=1.0 if n else None)
+    result = table({"base": [found]}, seeds=2, edits=1, resamples=10, seed=0)
+    assert "1 of 3 fits diverged, and count as what they then answered; lower fit.learning_rate" in result["notes"]
+
+
 def test_ungraded_answers_are_counted_and_never_wrong():
     contexts = [
         context(None, [0.5], edit(0, 0.5)),

@@ -43,6 +43,27 @@ def disk(tmp_path):
     return tmp_path / "runs" / "test"
 
 
+def test_results_are_of_one_data_set(folder):
+    data = {"task.train": [["a", "1"], ["b", "2"]], "continual.texts": [["0", "3"]]}
+    with RunStore.create_or_open(folder, make_config()) as run:
+        run.same_data({"task.train": [["z", "9"]]})
+        run.same_data(data)  # nothing has been computed: other data than at first does no harm
+        assert run.names() == [] and not run.has("one")
+        run.once("one", lambda: {})
+        run.same_data({"task.validation": [["v", "4"]]})  # read for the first time
+        run.same_data({"task.validation": [["v", "4"]], **data})
+        for changed, named in (
+            ([["a", "1"], ["b", "0"]], "b"),
+            ([["b", "2"], ["a", "1"]], "a"),
+            ([["a", "1"]], "b"),
+            ([["a", "1"], ["b", "2"], ["c", "3"]], "c"),
+        ):
+            with pytest.raises(SealError, match=f"holds results of other data than task.train now has, at '{named}'; bring the data back"):
+                run.same_data({"task.train": changed})
+        run.same_data(data)
+    assert RunStore(folder).names() == ["one"]
+
+
 def test_creation_writes_config_and_versions(folder):
     with RunStore.create_or_open(folder, make_config()) as run:
         run.log("hello", n=1)

@@ -82,6 +82,10 @@ def test_a_lane_is_an_evaluation(write_sweep, tiny_run, tmp_path, units, monkeyp
     assert {row["trial"]: row["result"] for row in rows if row["trial"] in before} == before
     shown = table_lib.format_table(table)
     assert "results" in shown.splitlines()[0] and "run folder" not in shown, "a lane has no run folder of its own"
+    data = pathlib.Path(sweep.base.task.validation)
+    data.write_text(json.dumps(list(reversed(json.loads(data.read_text())))))
+    with pytest.raises(SealError, match=r"holds results of other data than task.validation now has, at '00000-"):
+        sweep_run.run(more)
     for folder, said in ((sweep.folder, "holds a sweep, whose table is"), (sweep.folder / "lanes", "holds the lanes of a sweep")):
         with pytest.raises(SealError, match=rf"{said}.*{sweep.folder / 'sweep.json'}"):
             write_report(folder)
