@@ -169,7 +169,8 @@ def step(
     `held`: adapters stacked [H, ...] with their scale folded in, among which `batch.held` chooses; None: there are none.
     `penalised`: whether any edit has a `penalty`; the reported loss is without.
     """
-    hyper, progress, count, lora = taken((state.hyper, state.progress, state.moments.count, state.lora), batch.slots)
+    weights = mesh_lib.as_adapters((state.lora, state.moments.mu, state.moments.nu))
+    hyper, progress, count, lora = taken((state.hyper, state.progress, state.moments.count, weights[0]), batch.slots)
 
     def slopes(hyper: Hyper, lora: Any, part: Batch, base: Any) -> tuple[jax.Array, Any]:
         return gradient(decoder, chunk, params, hyper, lora, part, base, penalised)
@@ -177,8 +178,7 @@ def step(
     loss, slope = jax.vmap(slopes)(hyper, lora, batch, taken(held, batch.held))
     keep = lambda old, new: jnp.where(progress.ended, old, new)  # noqa: E731
     after = jax.tree.map(keep, progress, jax.vmap(watch)(hyper, progress, count, loss))
-    rows = mesh_lib.gathered_rows((batch.slots, progress.ended, hyper, count, slope))
-    weights = state.lora, state.moments.mu, state.moments.nu
+    rows = *mesh_lib.gathered_rows((batch.slots, progress.ended, hyper, count)), mesh_lib.as_adapters(mesh_lib.gathered_rows(slope))
     lora, mu, nu = jax.lax.platform_dependent(weights, rows, cpu=descend_together, default=descend_in_place)
     report = Report(keep(jnp.full_like(loss, -1.0), loss), after.ended)
     counts, after = put((state.moments.count, state.progress), batch.slots, (keep(count, count + 1), after))
@@ -213,11 +213,13 @@ def descend_together(weights: Weights, rows: Rows) -> Weights:
     moments of all slots first, and twice; it does so too where it knows how often a loop runs.
     """
     slots, *rest = rows
-    new, used_first = jax.vmap(_descended)(taken(weights, slots), *rest), jnp.argsort(slots)
+    new, used_first = mesh_lib.as_adapters(jax.vmap(_descended)(taken(weights, slots), *rest)), jnp.argsort(slots)
 
     def one(i: jax.Array, weights: Weights) -> Weights:
         row = used_first[i]
-        return jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x[row], slots[row], 0), weights, new)
+        return mesh_lib.as_adapters(
+            jax.tree.map(lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x[row], slots[row], 0), weights, new)
+        )
 
     return jax.lax.fori_loop(0, jnp.sum(slots < jax.tree.leaves(weights)[0].shape[0]), one, weights)
 
@@ -230,7 +232,8 @@ def descend_in_place(weights: Weights, rows: Rows) -> Weights:
         slot, ended, *rest = row
         own = jax.lax.optimization_barrier(taken(weights, slot))  # read before it is written, or all would have to be kept to read from
         new = _descended(own, ended | (slot >= jax.tree.leaves(weights)[0].shape[0]), *rest)
-        return jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, slot, 0), weights, new), None
+        put_back = jax.tree.map(lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new, slot, 0), weights, new)
+        return mesh_lib.as_adapters(put_back), None
 
     return jax.lax.scan(one, weights, rows)[0]
 

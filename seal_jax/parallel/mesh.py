@@ -226,3 +226,20 @@ def gathered_rows(tree: Any) -> Any:
         return tree
     where = lambda x: NamedSharding(mesh, P(None, *[P.UNCONSTRAINED] * (x.ndim - 1)))  # noqa: E731
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where(x)), tree)
+
+
+def as_adapters(tree: Any) -> Any:
+    """Inside `over_edits`: stacked adapters, and what is of their form, cut as `adapter_shardings` has them between calls.
+
+    Said of gradients and of what a loop carries. Left to the partitioner, one gradient that came out cut another way had the adapters and
+    moments of all slots cut like it, and sent around to be put together again at each step.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(mesh.shape.get(axis, 1) == 1 for axis in SHARED):
+        return tree
+
+    def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        where = NamedSharding(mesh, P(None, *parameter_spec([k.key for k in path if hasattr(k, "key")], x.shape[1:], mesh)))
+        return jax.lax.with_sharding_constraint(x, where)
+
+    return jax.tree_util.tree_map_with_path(one, tree)

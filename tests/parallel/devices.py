@@ -115,12 +115,14 @@ def compared(one, many):
     return report
 
 
-def collectives():
-    """The kinds of communication in the fit step's program on eight devices along `edit`."""
-    mesh = mesh_lib.make(MeshConfig(8, 1, 1))
-    engine = FitEngine(Decoder(SPEC), LORA, slots=2, tokens_per_step=24, mesh=mesh)
+def collectives(shape, slots):
+    """The shapes that are sent in the fit step's program on eight devices, by the kind of communication."""
+    mesh = mesh_lib.make(MeshConfig(*shape))
+    engine = FitEngine(Decoder(SPEC), LORA, slots=slots, tokens_per_step=24, mesh=mesh)
     params = jax.eval_shape(lambda: Decoder(SPEC).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
-    text = engine.lower(params, 24, 1, 2).compile().as_text()
+    where = mesh_lib.parameter_shardings(mesh, params)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, where)
+    text = engine.lower(params, 24, 1, slots).compile().as_text()
     found = {}
     for name in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         lines = [line for line in text.splitlines() if f" {name}(" in line or f" {name}-start(" in line]
@@ -139,7 +141,8 @@ def main():
         jobs.append(FitJob(("edit", i), sequences, config))
     prompts = [tuple(draw.integers(3, 512, n).tolist()) for n in (5, 9, 17)]
     one = run((1, 1, 1), host, jobs, prompts)
-    report = {"collectives": collectives(), "answers": len(set(one["answers"])), "samples": len(set(one["samples"])), "steps": one["steps"]}
+    report = {"collectives": collectives((8, 1, 1), 2), "sent": collectives((2, 2, 2), 37)}
+    report |= {"answers": len(set(one["answers"])), "samples": len(set(one["samples"])), "steps": one["steps"]}
     report["lengths"] = [len(x) for x in one["losses"]]
     for shape in json.loads(sys.argv[1]):
         many = run(shape, host, jobs, prompts)

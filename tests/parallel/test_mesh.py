@@ -72,6 +72,12 @@ def test_edits_do_not_communicate(devices):
     assert len(crossing) == 2 and all("[8]" in shape for shape in crossing), crossing
 
 
+def test_slots_are_not_sent_around(devices):
+    """Where the model is cut, a step sends of adapters and moments those of its edits at most, never those of all slots."""
+    sent = [shape for shapes in devices["sent"].values() for shape in shapes]
+    assert sent and not any("[37," in shape and shape.count(",") > 1 for shape in sent), sent
+
+
 @pytest.mark.parametrize(("weights", "part"), [("lora", 1 / 2), ("full", 1 / 4)])
 def test_one_model_is_trained_by_all_devices(devices, weights, part):
     """Over 2 x 2 x 2 devices: what one device gives, with what trains cut as the model is."""
