@@ -6,6 +6,10 @@ import hashlib
 
 import numpy as np
 
+# Of JAX's keys, whatever `jax_default_prng_impl` says. Draws on devices are those of JAX's other defaults (`jax_threefry_partitionable`,
+# 32 bits): a process that changes these draws otherwise.
+IMPLEMENTATION = "threefry2x32"
+
 
 def words(seed: int, *parts: str | int) -> np.ndarray:
     """Two uint32 words that stand for `seed` and `parts`: a raw threefry key, or the entropy of a numpy generator."""

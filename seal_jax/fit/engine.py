@@ -22,7 +22,7 @@ from seal_jax.config import FitConfig, LoraConfig
 from seal_jax.fit import plan
 from seal_jax.fit import step as step_lib
 from seal_jax.models import lora as lora_lib
-from seal_jax.models.decoder import Decoder, packed
+from seal_jax.models.decoder import Decoder, packed, packed_shapes
 from seal_jax.parallel import compiler
 from seal_jax.parallel import mesh as mesh_lib
 from seal_jax.parallel.mesh import EDITS, EVERYWHERE
@@ -89,7 +89,8 @@ def _admit(
     spec: Any, rank: int, targets: tuple[str, ...], mesh: Mesh, state: step_lib.FitState, slots: Any, keys: Any, active: Any, hyper: Any
 ) -> step_lib.FitState:
     def one(state: step_lib.FitState, slots: jax.Array, keys: jax.Array, active: jax.Array, hyper: step_lib.Hyper) -> step_lib.FitState:
-        lora = jax.vmap(lambda key, used: lora_lib.init(jax.random.wrap_key_data(key), spec, rank, targets, used))(keys, active)
+        fresh = lambda key, used: lora_lib.init(jax.random.wrap_key_data(key, impl=rng.IMPLEMENTATION), spec, rank, targets, used)  # noqa: E731
+        lora = jax.vmap(fresh)(keys, active)
         return step_lib.admit(state, slots, lora, hyper)
 
     return _placed(mesh_lib.over_edits(one, mesh, (EDITS,) * 5)(state, slots, keys, active, hyper), mesh)
@@ -200,7 +201,7 @@ def collection(fitted: Fitted, mesh: Mesh, held: Any = None) -> Any:
 
 
 class FitEngine:
-    """Fits jobs whose LoRA targets and batch size are the same; everything else may differ from job to job.
+    """Fits jobs with the same LoRA targets, and ranks and batch sizes up to the engine's; all else may differ from job to job.
 
     `params` are an argument of `fit`, so that one engine serves every policy of a run without compiling again. `slots` and
     `tokens_per_step` are those of one shard of `mesh` (default: one device).
@@ -230,7 +231,8 @@ class FitEngine:
 
         `held`: adapters stacked [H, ...] with their scale folded in (`models.lora.scaled`), of any rank, dealt out over the shards of the
         mesh; each job is fitted on top of the one that it names, as if that were merged into the weights, and on its shard.
-        Raises ValueError for a job without sequences or with another rank, targets or batch size than the engine's.
+        Raises ValueError for a job without sequences, with other targets or a larger rank or batch size than the engine's, or with tokens
+        that the model does not have.
         """
         count = 0 if held is None else jax.tree.leaves(held)[0].shape[0]
         for job in jobs:
@@ -253,9 +255,12 @@ class FitEngine:
         """The rows, a shard, of the largest step of `length` tokens with `slots` slots a shard."""
         return plan.row_choices(length, self.batch_size, self.tokens_per_step, slots, self.shared)[-1]
 
-    def abstract_batch(self, length: int, rows: int, held: bool = False) -> step_lib.Batch:
-        """The batch of a step of `rows` rows of `length` tokens a shard, for edits that stand on held adapters or on none."""
-        tokens = (mesh_lib.shards(self.mesh) * rows, self.batch_size, length)
+    def abstract_batch(self, length: int, rows: int, held: bool = False, sequences: int | None = None) -> step_lib.Batch:
+        """The batch of a step of `rows` rows of `length` tokens a shard, for edits that stand on held adapters or on none.
+
+        `sequences`: of one row; default: the engine's batch size.
+        """
+        tokens = (mesh_lib.shards(self.mesh) * rows, sequences or self.batch_size, length)
         kinds = ((tokens[:1], jnp.int32), (tokens, jnp.int32), (tokens, jnp.int32), (tokens, jnp.float32))
         kinds += ((tokens[:1], jnp.int32),) if held else ()
         edits = mesh_lib.edit_sharding(self.mesh)
@@ -266,7 +271,7 @@ class FitEngine:
 
         `params`: arrays, or `jax.ShapeDtypeStruct`s with their shardings.
         """
-        batch = self.abstract_batch(length, rows)
+        batch, params = self.abstract_batch(length, rows), packed_shapes(params, self.mesh.devices.flat[0].platform)
         return _step.trace(self.decoder, LOSS_POSITIONS, self.mesh, False, params, None, self.abstract_state(slots), batch)
 
     def lower(self, params: Any, length: int, rows: int, slots: int) -> jax.stages.Lowered:
@@ -274,11 +279,19 @@ class FitEngine:
         return self.trace(params, length, rows, slots).lower()
 
     def _check(self, job: FitJob) -> None:
-        c = job.config
-        if not job.sequences:
-            raise ValueError(f"job {job.key}: nothing to train on")
-        if c.lora.rank > self.rank or tuple(c.lora.targets) != self.targets or c.batch_size > self.batch_size:
-            raise ValueError(f"job {job.key}: rank, targets or batch size do not fit this engine")
+        c, vocabulary = job.config, self.decoder.spec.vocab_size
+        if not job.sequences or not all(sequence.ids for sequence in job.sequences):
+            raise ValueError(f"job {job.key}: nothing to train on{', or a sequence without tokens' * bool(job.sequences)}")
+        for sequence in job.sequences:
+            if not 0 <= min(sequence.ids) <= max(sequence.ids) < vocabulary:
+                raise ValueError(f"job {job.key}: tokens {min(sequence.ids)} to {max(sequence.ids)} of a vocabulary of {vocabulary}")
+        if tuple(c.lora.targets) != self.targets:
+            raise ValueError(f"job {job.key}: lora.targets={list(c.lora.targets)}, the engine has {list(self.targets)}")
+        for name, value, most in (("lora.rank", c.lora.rank, self.rank), ("batch_size", c.batch_size, self.batch_size)):
+            if value > most:
+                raise ValueError(f"job {job.key}: {name}={value}, the engine has room for {most}")
+        if c.schedule not in step_lib.SCHEDULES:
+            raise ValueError(f"job {job.key}: schedule={c.schedule!r}: expected one of {', '.join(step_lib.SCHEDULES)}")
 
 
 class _Issued(NamedTuple):
@@ -304,6 +317,8 @@ class _Fit:
             )
             for job in jobs
         ]
+        most = max((len(step) for order in self.orders for step in order), default=1)
+        self.sequences = min(engine.batch_size, 1 << (most - 1).bit_length())  # of a row: a batch may be larger than all that there is
         lengths = [
             [plan.padded_length(max(len(job.sequences[i].ids) - 1 for i in step), engine.lengths) for step in order]
             for job, order in zip(jobs, self.orders, strict=True)
@@ -319,7 +334,7 @@ class _Fit:
         self.places += np.asarray(shard_of, int) * self.room
         self.slots = engine.slots  # however few the jobs: each number of slots is another set of programs
         self._schedule = functools.partial(
-            plan.Schedule, lengths, self.slots, engine.batch_size, engine.tokens_per_step, shard_of, self.shards, engine.shared
+            plan.Schedule, lengths, self.slots, self.sequences, engine.tokens_per_step, shard_of, self.shards, engine.shared
         )
         self.schedule = self._schedule()
         self.hyper = hyper(jobs)
@@ -397,7 +412,7 @@ class _Fit:
 
     def _lowered(self, step: tuple[int, int]) -> jax.stages.Lowered:
         """The program of a step of (length, rows), as `_step` calls it."""
-        batch = self.engine.abstract_batch(*step, self.held is not None)
+        batch = self.engine.abstract_batch(*step, self.held is not None, self.sequences)
         return _step.lower(self.engine.decoder, LOSS_POSITIONS, self.mesh, self.penalised, self.params, self.held, self.empty, batch)
 
     def _step(self, action: plan.Step) -> _Issued:
@@ -416,7 +431,7 @@ class _Fit:
         held = None if self.held is None else np.zeros(len(local), np.int32)
         if held is not None:
             held[where] = [self.jobs[edit].held % self.of_shard for edit in action.edits]
-        shape = (len(local), self.engine.batch_size, action.length)
+        shape = (len(local), self.sequences, action.length)
         inputs, targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         real = 0
         for row, edit, number in zip(where, action.edits, action.numbers, strict=True):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from seal_jax.errors import SealError
 from seal_jax.fit.engine import FitEngine
 from seal_jax.fit.plan import longest_step
+from seal_jax.models.decoder import packed_shapes
 from seal_jax.parallel import compiler
 from seal_jax.parallel.cost import shard_bytes
 
@@ -76,7 +77,8 @@ def refused_bytes(error: Exception) -> float | None:
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of", text)
+    # The compiler's total in both, arguments included; the second, of libtpu 0.0.52, calls it temporaries.
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", text) or re.search(r"required for [\w ]+ \(([\d.]+)([KMGT]?)\) exceeds", text)
     return float(found[1]) * 1024.0 ** " KMGT".index(found[2] or " ") if found else math.inf
 
 
@@ -136,7 +138,13 @@ def _step_bytes(engine: FitEngine, params: Any, length: int, slots: int) -> floa
         return used
     if found is None:
         raise SealError(f"this backend does not tell what a program takes; {SET}")
-    return float(found.total)
+    return float(found.total) + _kept_as_loaded(engine, params)
+
+
+def _kept_as_loaded(engine: FitEngine, params: Any) -> int:
+    """Bytes a device of weights that are there beside those that a step reads (`seal_jax.models.decoder.packed`)."""
+    read = jax.tree.leaves(packed_shapes(params, engine.mesh.devices.flat[0].platform))
+    return shard_bytes([x for x, other in zip(jax.tree.leaves(params), read, strict=True) if x.dtype != other.dtype])
 
 
 def adapter_bytes(engine: FitEngine) -> int:
@@ -201,8 +209,9 @@ def slots_that_fit(
     bytes_of = _beside(engine, params, length, edits, held)
     found = most_near(bytes_of, limit, edits if most is None else min(most, edits), 3 * adapter_bytes(engine))
     if found is None:
+        takes = f"{used / 2**30:.1f} GiB a device" if math.isfinite(used := bytes_of(1)) else "more than the compiler allows"
         raise SealError(
-            f"one edit of {length} tokens takes {bytes_of(1) / 2**30:.1f} GiB a device, {limit / 2**30:.1f} GiB are to be had; "
+            f"one edit of {length} tokens takes {takes}, {limit / 2**30:.1f} GiB are to be had; "
             "share the model (mesh.fsdp, mesh.tensor), model.remat=full, or model.max_length lower"
         )
     return found.slots

@@ -232,9 +232,20 @@ def packed(params: Any) -> Any:
     A CPU knows bfloat16 in products alone. A loop over layers that carries an array of it would carry the array converted to float32, made
     anew at every step, and convert each layer's part back; integers are carried as they are.
     """
-    if jax.default_backend() != "cpu" or params["layers"]["attn"]["q_proj"]["kernel"].dtype != jnp.bfloat16:
+    return {**params, "layers": _pack(params["layers"])} if _packs(params, jax.default_backend()) else params
+
+
+def packed_shapes(params: Any, platform: str) -> Any:
+    """The shapes of `packed` on a device of `platform`; where nothing is packed, the parameters as they are. Arrays, or their shapes."""
+    if not _packs(params, platform):
         return params
-    return {**params, "layers": _pack(params["layers"])}
+    bits = lambda x: jax.ShapeDtypeStruct(x.shape, PACKED, sharding=x.sharding)  # noqa: E731
+    layers = jax.tree_util.tree_map_with_path(lambda path, x: bits(x) if path[-1].key == "kernel" else x, params["layers"])
+    return {**params, "layers": layers}
+
+
+def _packs(params: Any, platform: str) -> bool:
+    return platform == "cpu" and params["layers"]["attn"]["q_proj"]["kernel"].dtype == jnp.bfloat16
 
 
 @jax.jit

@@ -193,8 +193,16 @@ def _refuse_unsupported(config: Mapping[str, Any], kind: str, where: str) -> Non
         raise SealError(f"{where}: layer_types={sorted(set(map(str, types)))} is not supported; supported: full_attention")
 
 
+def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What a mapping says of the scaling: without theta, and the type by its newer name."""
+    return {("rope_type" if key == "type" else key): value for key, value in rope.items() if key != "rope_theta"}
+
+
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters`, which holds both (5)."""
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    if isinstance(new, Mapping) and isinstance(old, Mapping) and _scaling(new) != _scaling(old):  # of which transformers takes the older
+        raise SealError(f"{where}: rope_parameters={new!r}, rope_scaling={old!r}: they say different things; leave one out")
     key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -214,4 +222,8 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     values = [_number(rope.get(name), f"{key}.{name}", where) for name in needed]
     if kind == "linear":
         return theta, RopeScaling("linear", values[0])
+    above = config.get("original_max_position_embeddings")
+    if above is not None and above != values[3]:
+        said = f"original_max_position_embeddings={above!r}, and {values[3]:g} in {key}"
+        raise SealError(f"{where}: {said}: they say different things; leave one out")
     return theta, RopeScaling("llama3", *values[:3], original_max_position=int(values[3]))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seal_jax import rng
+
 
 class Sampling(NamedTuple):
     """How each row's tokens are drawn. Leaves [R]."""
@@ -97,7 +99,8 @@ def pick(logits: jax.Array, sampling: Sampling, step: jax.Array) -> jax.Array:
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def noise(key: jax.Array, count: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key), count), logits.shape[-1:], jnp.float32)
+        drawn = jax.random.fold_in(jax.random.wrap_key_data(key, impl=rng.IMPLEMENTATION), count)
+        return jax.random.gumbel(drawn, logits.shape[-1:], jnp.float32)
 
     def drawn() -> jax.Array:
         # Less the largest, which thus stays finite at any temperature.

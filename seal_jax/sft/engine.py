@@ -70,7 +70,7 @@ def _step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _adapter(mesh: Mesh, spec: Any, rank: int, targets: tuple[str, ...], key: jax.Array) -> step_lib.SftState:
-    return _placed(step_lib.start(lora_lib.init(jax.random.wrap_key_data(key), spec, rank, targets)), mesh)
+    return _placed(step_lib.start(lora_lib.init(jax.random.wrap_key_data(key, impl=rng.IMPLEMENTATION), spec, rank, targets)), mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))

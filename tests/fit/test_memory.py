@@ -117,6 +117,11 @@ def test_smaller_steps_come_before_recomputing(fit, monkeypatch):
             18.5 * 2**30,
         ),
         ("RESOURCE_EXHAUSTED: Used 900.00M of 500.00M hbm", 900 * 2**20),
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (28.16G) exceeds available HBM (15.75G). HLO module: jit__step.",
+            28.16 * 2**30,
+        ),
         ("RESOURCE_EXHAUSTED: no figures", math.inf),
         ("INVALID_ARGUMENT: Used 1G of 2G", None),
     ],

@@ -79,6 +79,8 @@ def test_a_sliding_window_that_no_layer_uses_is_accepted():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_parameters", "'yarn'"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_scaling.low_freq_factor"]),
         ({"rope_scaling": "linear"}, ["rope_scaling='linear'"]),
+        ({"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 2.0}}, ["rope_parameters={", "rope_scaling={", "different"]),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 1024}, ["original_max_position_embeddings=1024, and 4096"]),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ["partial_rotary_factor=0.5"]),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, ["use_sliding_window=True"]),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "full_attention"]),
