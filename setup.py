@@ -60,7 +60,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "cuda": ["jax[cuda13]>=0.8,<0.13"],
+        "cuda": [  # older compilers copy the weights at every step; for Python 3.11 there are no newer ones
+            "jax[cuda13]>=0.11,<0.13; python_version>='3.12'",
+            "jax[cuda13]>=0.8,<0.13; python_version<'3.12'",
+        ],
         "tpu": ["jax[tpu]>=0.8,<0.13"],
         "plan-gpu": ["jax[cuda13-local]>=0.8,<0.13"],  # the compiler for GPUs without CUDA's libraries: `seal-jax plan` needs no more
         "ray": clusters,
@@ -76,7 +79,6 @@ setup(
         "Development Status :: 3 - Alpha",
         "Environment :: Console",
         "Intended Audience :: Science/Research",
-        "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",

@@ -59,6 +59,9 @@ def _outcome(argv: Sequence[str] | None) -> tuple[int, str | None]:
     except Exception as error:
         from seal_jax.parallel import processes
 
+        if "RESOURCE_EXHAUSTED" in str(error) and preemption.alone():
+            lower = "lower answer.rows, sample.rows, fit.slots or m_step.microbatch, or set model.remat=full"
+            return 2, f"seal-jax: the devices' memory is full ({str(error).splitlines()[0][:200]}); {lower}, and run the command again"
         if not processes.lost(error):
             if preemption.alone():
                 raise
@@ -104,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     configured(command("train", train, "run ReST-EM and print the result table; goes on with a run that was stopped"))
-    text = "print the result table of a config's model as it is, or of a run's policy after its last finished round"
+    text = "evaluate a config's base model, or a run's policy after its last finished round, and print the result table"
     configured(command("evaluate", evaluate, f"{text} (in a folder of its own, RUN-evaluate or run_dir=...)"))
     text = "learn passage after passage and print how earlier ones are forgotten, by method"
     configured(command("continual", continual, f"{text} (of a run: in a folder of its own, RUN-continual or run_dir=...)"))
@@ -114,21 +117,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("file", metavar="FILE", help="a sweep file (YAML)")
     made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of it to set, say trials=20")
     made = configured(
-        command("generate", generate, "write self-edits (rest_em.edits a context) and print them as JSON lines, nothing trained")
+        command("generate", generate, "write self-edits (rest_em.edits per context) and print them as JSON lines, without training")
     )
-    made.add_argument("--split", default="validation", choices=("train", "validation"))
+    made.add_argument("--split", default="validation", choices=("train", "validation"), help="which contexts (default validation)")
     made.add_argument("--limit", type=_count, default=4, help="contexts (default 4)")
-    made = command("grade", grade, "how far to trust a grader: its agreement with recorded verdicts")
+    made = command("grade", grade, "measure a grader's agreement with recorded verdicts")
     made.add_argument("cases", help="recorded verdicts (JSON, gzipped or not)")
     made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the config's grade section, say name=endpoint")
-    made.add_argument("--split", choices=("dev", "held"), help="only this part (by title)")
+    made.add_argument("--split", choices=("dev", "held"), help="only one half of the titles")
     made.add_argument("--limit", type=_count, help="this many answers, drawn at random, always the same ones")
     made = command("export", export, "write a run's policy for other programs")
-    made.add_argument("run_folder", metavar="RUN")
-    made.add_argument("output", metavar="FOLDER")
+    made.add_argument("run_folder", metavar="RUN", help="the folder of a run")
+    made.add_argument("output", metavar="FOLDER", help="a folder that does not exist yet")
     made.add_argument("--format", choices=("hf", "peft"), default="hf", help="hf: a merged model; peft: its adapter")
     made.add_argument("--round", type=int, help="the policy after this round (default: the last finished one)")
-    made = command("plan", plan, "what a config takes on devices that are not there: memory, time and edits an hour, from the compiler")
+    made = command("plan", plan, "compile a config for devices that need not be attached, and print memory, time and edits per hour")
     made.add_argument("config", help="a YAML config")
     made.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="config keys to set, say mesh.fsdp=4")
     made.add_argument("--topology", metavar="NAME", help="what to compile for: TPUs, say v5p:2x2x4 or v6e:2x2, or GPUs, say h200 or h100:8")
@@ -136,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--spec", help="the model's shape, where model.name is out of reach: qwen2.5-7b, say, a config.json or a hub id")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     made = command("report", report, "write the report of a run, finished or not")
-    made.add_argument("run_folder", metavar="RUN")
+    made.add_argument("run_folder", metavar="RUN", help="the folder of a run")
     return top
 
 

@@ -32,7 +32,7 @@ class ModelConfig:
     name: str = "embedded"  # "embedded" (SmolLM2-135M-Instruct), a hub id, a local folder of safetensors, or a GGUF file
     dtype: str = "auto"  # of the weights: "float32", "bfloat16"; auto: bfloat16 where it is fast, on accelerators and CPUs with AMX
     max_length: int = 2048  # longest prompt + answer, or training sequence, in tokens
-    remat: str = "none"  # recomputed backward: "none", "dots" (not products), "full"; "auto": in fits "none", perhaps in smaller steps
+    remat: str = "none"  # recomputed backward: "none", "dots" (all but products), "full"; "auto": "none" if it fits, maybe in smaller steps
 
 
 @dataclasses.dataclass
@@ -48,14 +48,14 @@ class LoraConfig:
 class StopConfig:
     """When an edit ends before its last epoch. Looked at after each epoch, with the mean loss of its steps."""
 
-    loss: float = 0.0  # at this many nats a label, or less; 0: never
+    loss: float = 0.0  # once the epoch's mean loss is at most this, in nats per token; 0: never
     gain: float = 0.0  # when the loss has not fallen by this share below its least so far; 0: never
     patience: int = 1  # ... in this many epochs in a row
 
 
 @dataclasses.dataclass
 class FitConfig:
-    """The inner loop, one adapter an edit. All but `targets` and `tokens_per_step` may differ between edits of one program."""
+    """The inner loop, one adapter per edit. `lora.targets`, `slots`, `tokens_per_step` and `lengths` are the same for all edits."""
 
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     learning_rate: float = 1e-3  # of AdamW, at its highest
@@ -64,10 +64,10 @@ class FitConfig:
     weight_decay: float = 0.0  # decoupled from the gradient
     max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: never
     epochs: int = 10  # each in a random order of its own
-    batch_size: int = 1  # sequences an optimiser step
+    batch_size: int = 1  # sequences per optimiser step
     max_steps: int | None = None  # an upper bound on the optimiser steps of an edit
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)
-    anchor: float = 0.0  # weight of half the squared L2 distance of all kernels from what they were before the edit
+    anchor: float = 0.0  # L2-SP: weight of half the squared L2 distance of all kernels from what they were before the edit
     orthogonal: float = 0.0  # weight of half the squared products of input directions with those of edits before, if any (O-LoRA)
     slots: int | None = None  # edits held at once by each device along mesh.edit; null: as many as fit into its memory
     tokens_per_step: int = 512  # token slots a step of each device along mesh.edit, over all its edits; model.remat=auto may halve it twice
@@ -80,7 +80,7 @@ class SampleConfig:
 
     temperature: float = 1.0  # 0: greedy
     top_p: float = 0.95  # tokens are drawn from the smallest set of at least this mass
-    top_k: int = 0  # only the likeliest so many are drawn; 0: all
+    top_k: int = 0  # draw from the k most likely tokens only; 0: from all
     max_tokens: int = 8192  # bounded by model.max_length as well
     constrained: bool = True  # where the task has a schema for its self-edits, nothing else is written
     rows: int = 32  # sequences decoded at once by each device along mesh.edit
@@ -108,7 +108,7 @@ class SftConfig:
     weight_decay: float = 0.0  # decoupled from the gradient
     max_grad_norm: float = 1.0  # longer gradients are scaled down to it; 0: never
     epochs: int = 2  # over all sequences, each in a random order of its own
-    batch_size: int = 10  # sequences an optimiser step
+    batch_size: int = 10  # sequences per optimiser step
     microbatch: int = 1  # rows in memory at once, of each device along mesh.edit and mesh.fsdp; gradients are accumulated over them
     row_length: int | None = None  # token slots of a row, which several sequences may share; null: the longest sequence's
 
@@ -124,8 +124,8 @@ class RetentionConfig:
 
     contexts: int = 0  # passages, those after the round's own, that the policy is taught first, and asked again after every edit
     weight: float = 1.0  # of the fall of the share of their questions answered right
-    bits: float = 0.0  # weight of the rise of bits per token of the held texts
-    texts: str = "general"  # held texts about no passage, as continual.texts
+    bits: float = 0.0  # weight of the rise of bits per token of the held-out texts
+    texts: str = "general"  # held-out texts about no passage, as continual.texts
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ class GateConfig:
     """Whether an edit is kept, looked at before it is: what it does to items held back (as STABLE does, arXiv 2510.16089)."""
 
     # What an edit costs: "none" (all are kept), or by how much these get worse:
-    measure: str = "none"  # "answers" (share of earlier questions right), "bits" (per token of held texts), "kl" (predictions there, bits)
+    measure: str = "none"  # "answers" (share of earlier questions right), "bits" (per token of held-out texts), "kl" (of predictions there)
     budget: float = 0.1  # the most that an edit may cost, in units of the measure
     scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 0.5, 0.25])  # tried in order; the first within budget is kept
 
@@ -184,7 +184,7 @@ class ContinualConfig:
     passages: int = 8  # of each sequence
     writer: str = "adapted"  # who writes self-edits: "adapted", each sequence as it has become; "base", the policy before, for all methods
     methods: dict[str, MethodConfig] = dataclasses.field(default_factory=lambda: {"sequential": MethodConfig()})
-    texts: str = "general"  # held texts about no passage: "general" (ours), or a file of texts
+    texts: str = "general"  # held-out texts about no passage: "general" (ours), or a file of texts
     beside: list[str] = dataclasses.field(default_factory=list)  # published matrices of the original's, as lines beside ours
 
 
@@ -238,13 +238,13 @@ class ExecutorConfig:
     cpus: float = 1.0  # ray: of each process
     gpus: float = 0.0  # ray: of each process
     tpus: float = 0.0  # ray: chips of each process
-    timeout: float | None = 3600.0  # ray: seconds for a group or an M-step; a worker that takes longer is taken for lost; null: never
+    timeout: float | None = 3600.0  # ray: seconds for a group or an M-step; a worker that takes longer is considered lost; null: never
     retries: int = 3  # ray: workers that may be lost over the same group
 
 
 @dataclasses.dataclass
 class TrackConfig:
-    """What is told of a run besides its event log. Nothing here changes a result."""
+    """Where the metrics of a run go besides its event log. Nothing here changes a result."""
 
     tensorboard: bool = False  # curves for TensorBoard in the run folder's `tensorboard/`; needs the extra `tensorboard`
     wandb: str | None = None  # curves to this project of Weights & Biases; needs the extra `wandb`
@@ -254,7 +254,7 @@ class TrackConfig:
 @dataclasses.dataclass
 class RunConfig:
     name: str = "run"  # what the run is called
-    seed: int = 0  # of every random draw
+    seed: int = 0  # base seed of every random draw
     run_dir: str = "runs/${name}"  # the run folder; gs://BUCKET/PATH or s3://BUCKET/PATH: in an object store (extra `remote`)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     task: Any = None

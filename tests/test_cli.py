@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import pathlib
 import shutil
 import sys
 
@@ -412,3 +413,18 @@ def test_a_full_standard_output(tiny_run, monkeypatch, capsys):
         patch.setattr(sys, "stdout", full)
         code = cli.main(["report", str(tiny_run)])
     assert code == 2 and capsys.readouterr().err == "seal-jax: standard output: no space left on device\n"
+
+
+def test_devices_without_memory_are_one_line(monkeypatch, capsys, tmp_path):
+    from seal_jax.fleet import run
+
+    def full(settings):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nmore")
+
+    monkeypatch.setattr(run, "train", full)
+    assert cli.main(["train", f"{pathlib.Path(__file__).parents[1]}/configs/quickstart.yaml", f"run_dir={tmp_path / 'run'}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "seal-jax: the devices' memory is full (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.)"
+    )
+    assert "lower answer.rows, sample.rows, fit.slots or m_step.microbatch, or set model.remat=full, and run the command again" in last

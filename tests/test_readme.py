@@ -75,8 +75,10 @@ def test_inline_commands_are_those_of_the_command_line():
 
 
 @pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
-def test_python_runs(code, tiny_model, monkeypatch, capsys):
+def test_python_runs(code, tiny_model, monkeypatch, capsys, tmp_path):
     from seal_jax.models import load
+
+    monkeypatch.chdir(tmp_path)
 
     real = load.load_model
     monkeypatch.setattr(load, "load_model", lambda settings: real(config.ModelConfig(name=str(tiny_model), dtype="float32")))
@@ -88,6 +90,7 @@ def test_python_runs(code, tiny_model, monkeypatch, capsys):
     assert all(len(x) == 10 for x in losses), "ten epochs of one sequence"
     assert all(x[-1] < x[0] for x in losses), "every edit learns"
     assert losses[0][-1] != losses[1][-1], "with its own learning rate"
+    assert {path.name for path in (tmp_path / "second").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_links_lead_somewhere():

@@ -46,6 +46,12 @@ def open_run(config: RunConfig) -> Iterator[RunStore]:
         yield store
 
 
+def _by_this_process(config: RunConfig) -> contextlib.AbstractContextManager[RunStore]:
+    if config.executor.name != "local":
+        raise SealError(f"executor.name={config.executor.name}: this function computes by itself; call the one in seal_jax.fleet.run")
+    return open_run(config)
+
+
 def rounds_done(store: RunStore) -> int:
     """The rounds whose M-step is finished, counted from the first."""
     number = 0
@@ -183,7 +189,7 @@ def train(
     `store`: where results are read and kept, for one of several workers; None: in the config's run folder, which is opened here.
     `after_round` is called after each round's M-step, of a run that goes on too, with the round's number and its E-step's records.
     """
-    with store or open_run(config) as store:
+    with store or _by_this_process(config) as store:
         refuse_evaluation(store, "train")
         claim(store, "train")
         texts = general.texts(config.rest_em.retention.texts) if retention.wanted(config.rest_em.retention) else []
@@ -266,7 +272,7 @@ def evaluate_only(
 
     `store`: as in `train`.
     """
-    with store or open_run(config) as store:
+    with store or _by_this_process(config) as store:
         claim(store, "evaluate")
         stage, rounds = stage_of(config, store, ("validation",), trained, "evaluate")
         same_data(store, stage)

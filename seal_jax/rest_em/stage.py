@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from seal_jax import config as config_lib
@@ -89,6 +90,8 @@ def check_grader(task: Task) -> None:
 def load_policy(config: RunConfig, key: str = "model.name") -> Policy:
     """The configured model, on the configured mesh. `key`: where its name comes from, for messages."""
     mesh = mesh_lib.make(config.mesh)
+    if mesh.devices.flat[0].platform == "gpu" and jax.__version_info__ < (0, 11):
+        log.warning("JAX %s on a GPU: its compiler copies the weights at every step; take JAX 0.11 or newer", jax.__version__)
     return Policy(load.load_model(config.model, mesh_lib.parameter_sharding(mesh), key), config, mesh)
 
 

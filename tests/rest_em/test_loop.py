@@ -278,6 +278,14 @@ def test_data_that_has_changed_since_is_told(tiny_run, base, tmp_path):
         assert loop.train(config)["rows"], "with the data as it was, the run goes on"
 
 
+def test_workers_are_not_left_out_in_silence(base, tmp_path):
+    config = dataclasses.replace(base, run_dir=str(tmp_path / "run"), executor=dataclasses.replace(base.executor, name="ray"))
+    for function in (loop.train, loop.evaluate_only):
+        with pytest.raises(SealError, match=r"executor.name=ray: this function computes by itself; call the one in seal_jax.fleet.run"):
+            function(config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_evaluation_does_not_mix_two_policies(tiny_run, base, tmp_path):
     # A run after its first round, and the same run later.
     shutil.copytree(tiny_run, tmp_path / "run")
