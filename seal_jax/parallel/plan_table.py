@@ -63,14 +63,14 @@ def program_record(program: Program, target: Target) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """A `record` for people."""
     w, mesh = found["workload"], " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
-    part = "" if found["devices_per_chip"] == 1 else f", {found['devices_per_chip']} a chip"
+    part = "" if found["devices_per_chip"] == 1 else f", {found['devices_per_chip']} per chip"
     lines = [
         f"{found['model']}: {found['parameters'] / 1e9:.2f} B parameters, {found['dtype']}",
         f"{found['topology']}: {found['devices']} devices{part}, mesh {mesh}",
-        f"an edit, assumed: {w['sequences']:g} sequences and {w['tokens']:g} tokens an epoch, {w['epochs']} epochs; "
+        f"an edit, assumed: {w['sequences']:g} sequences and {w['tokens']:g} tokens per epoch, {w['epochs']} epochs; "
         f"{w['questions']:g} questions of {w['question']} tokens, {w['answer_tokens']} tokens an answer",
         "",
-        f"GiB a device of {found['device_memory'] / GIB:.1f}, {found['device_limit'] / GIB:.1f} of them for programs:",
+        f"GiB per device of {found['device_memory'] / GIB:.1f}, {found['device_limit'] / GIB:.1f} of them for programs:",
         f"{'':10}" + "".join(f"{name:>13}" for name in (*KINDS, "total")),
     ]
     for p in found["programs"]:
@@ -78,8 +78,8 @@ def table(found: dict[str, Any]) -> str:
         fits = p["compiled"] and p["total_bytes"] <= found["device_limit"]
         of = "" if p["bytes_of"] == p["shape"] else f"  {p['bytes_of']}"
         lines.append(f"{p['name']:10}" + "".join(f"{size / GIB:13.2f}" for size in sizes) + of + ("" if fits else "  does not fit"))
-    titles = f"{'':10}{'TFLOP':>10}{'GB':>10}{'GB, least':>11}{'GB, sent':>10}{'ms, roofline':>14}{'calls an edit':>15}"
-    lines += ["", "a call, on one device:", titles]
+    titles = f"{'':10}{'TFLOP':>10}{'GB':>10}{'GB, least':>11}{'GB, sent':>10}{'ms, roofline':>14}{'calls per edit':>15}"
+    lines += ["", "per call, on one device:", titles]
     for p in found["programs"]:
         moved = (p["bytes_accessed"], p["least_bytes_accessed"], sum(p["sent_bytes"].values()))
         cells = (_number(p["flops"], 1e-12), *(_number(size, 1e-9) for size in moved))
@@ -108,5 +108,5 @@ def _summary(found: dict[str, Any]) -> list[str]:
     ]
     if edit["seconds"] is None:
         return [*lines, "roofline: the peak rates of these devices are not known"]
-    rates = f"{edit['seconds']:.4f} s an edit, {edit['per_hour']:,.0f} edits an hour"
+    rates = f"{edit['seconds']:.4f} s per edit, {edit['per_hour']:,.0f} edits per hour"
     return [*lines, f"roofline: {rates}, self-edits not written and answers not graded; a run is slower"]
