@@ -90,7 +90,7 @@ CELLS = (
         ("mesh.tensor=8", "mesh.fsdp=4", "sample.rows=16", "rest_em.group=2", "evaluate.group=1", *FULL),
     ),
     Cell("llama-3.3-70b", "v5p", "2x2x2", ("mesh.tensor=4", "rest_em.group=4", *FULL)),
-    Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2", *FULL)),
+    Cell("llama-3.3-70b", "v6e", "4x4", ("mesh.tensor=8", "sample.rows=16", "rest_em.group=2", "evaluate.group=1", *FULL)),
     Cell("llama-3.3-70b", "tpu7x", "2x2x2", ("mesh.tensor=4", "mesh.fsdp=2", "rest_em.group=2", *FULL)),
 )
 # The same replica as the first of CELLS, four times as many of them.
@@ -205,11 +205,11 @@ B memory bandwidth, I interconnect.
 
 {replicas}
 
-The plans are of 2026-11-26. Set are `sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room on 2026-11-23; `model.remat=full`
-with steps of 512 tokens for v5e, where that left room for more slots, and for the 70B, for which the config's `auto` and 4,096 were not
-compiled; `rest_em.group` so that a replica of the 70B holds 15 or 30 adapters in a
-round, and on v5e `evaluate.group`, because the adapters of the largest group lie beside a fit: by the config's own there are 60 of an
-evaluation, with which the 70B found no room on v5e (19.3 GiB), and has room for 2 slots on v6e. Until 2026-11-26 fits with `mesh.fsdp` sent
+The plans are of 2026-11-26. Set are `sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room on 2026-11-23;
+`model.remat=full` with steps of 512 tokens for v5e, where that left room for more slots, and for the 70B, for which the config's `auto` and
+4,096 were not compiled; `rest_em.group` so that a replica of the 70B holds 15 or 30 adapters in a
+round, and on v5e and v6e `evaluate.group`, because the adapters of the largest group lie beside a fit: by the config's own there are 60 of an
+evaluation, with which the 70B found no room on v5e (19.3 GiB), nor for answers on v6e (29.5 GiB). Until 2026-11-26 fits with `mesh.fsdp` sent
 the adapters and moments of all slots around at each step: the 70B had 5 slots on v5e and 8,719 edits an hour on 32 chips, and 11,429 on
 four chips of tpu7x.
 

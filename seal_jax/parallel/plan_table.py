@@ -70,7 +70,7 @@ def table(found: dict[str, Any]) -> str:
         f"an edit, assumed: {w['sequences']:g} sequences and {w['tokens']:g} tokens per epoch, {w['epochs']} epochs; "
         f"{w['questions']:g} questions of {w['question']} tokens, {w['answer_tokens']} tokens an answer",
         "",
-        f"GiB per device of {found['device_memory'] / GIB:.1f}, {found['device_limit'] / GIB:.1f} of them for programs:",
+        f"GiB per device, of {found['device_memory'] / GIB:.1f}, of which {found['device_limit'] / GIB:.1f} for programs:",
         f"{'':10}" + "".join(f"{name:>13}" for name in (*KINDS, "total")),
     ]
     for p in found["programs"]:
