@@ -207,11 +207,10 @@ B memory bandwidth, I interconnect.
 
 The plans are of 2026-11-26. Set are `sample.rows=16`, where 32 self-edits of up to 8192 tokens left no room on 2026-11-23;
 `model.remat=full` with steps of 512 tokens for v5e, where that left room for more slots, and for the 70B, for which the config's `auto` and
-4,096 were not compiled; `rest_em.group` so that a replica of the 70B holds 15 or 30 adapters in a
-round, and on v5e and v6e `evaluate.group`, because the adapters of the largest group lie beside a fit: by the config's own there are 60 of an
-evaluation, with which the 70B found no room on v5e (19.3 GiB), nor for answers on v6e (29.5 GiB). Until 2026-11-26 fits with `mesh.fsdp` sent
-the adapters and moments of all slots around at each step: the 70B had 5 slots on v5e and 8,719 edits an hour on 32 chips, and 11,429 on
-four chips of tpu7x.
+4,096 were not compiled; `rest_em.group` so that a replica of the 70B holds 15 or 30 adapters in a round; and on v5e and v6e
+`evaluate.group`, because the adapters of the largest group lie beside a fit: by the config's own there are 60 of an evaluation, with which
+the 70B found no room on v5e (19.3 GiB), nor for answers on v6e (29.5 GiB). Until 2026-11-26 fits with `mesh.fsdp` sent the adapters and
+moments of all slots around at each step: the 70B had 5 slots on v5e and 8,719 edits an hour on 32 chips, and 11,429 on four chips of tpu7x.
 
 {models}
 
