@@ -278,6 +278,20 @@ def test_data_that_has_changed_since_is_told(tiny_run, base, tmp_path):
         assert loop.train(config)["rows"], "with the data as it was, the run goes on"
 
 
+def test_an_m_step_that_diverges_stops_the_run_and_merges_nothing(tiny_run, base, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    for gone in ("rounds/1/m_step.json", "table.json"):
+        (tmp_path / "run" / gone).unlink()
+    for gone in ("policy", "rounds/2", "evaluate/after"):
+        shutil.rmtree(tmp_path / "run" / gone)
+    m_step = dataclasses.replace(base.m_step, learning_rate=1e38, max_grad_norm=0.0)
+    config = dataclasses.replace(base, run_dir=str(tmp_path / "run"), m_step=m_step)
+    (tmp_path / "run/config.yaml").write_text(config_lib.to_yaml(config))
+    with pytest.raises(SealError, match=r"rounds/1/m_step: diverged: its losses or weights are not finite; lower m_step.learning_rate"):
+        loop.train(config)
+    assert not (tmp_path / "run/policy/1").exists()
+
+
 def test_workers_are_not_left_out_in_silence(base, tmp_path):
     config = dataclasses.replace(base, run_dir=str(tmp_path / "run"), executor=dataclasses.replace(base.executor, name="ray"))
     for function in (loop.train, loop.evaluate_only):

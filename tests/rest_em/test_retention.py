@@ -49,6 +49,8 @@ def test_the_score_is_the_reward_less_what_got_worse(finished, settings):
             if edit["trials"]:
                 assert edit["score"] == pytest.approx(edit["reward"] - cost / len(edit["trials"]))
     assert harmed  # or nothing was tested
+    page = (RunStore(settings.run_dir).folder / "report.html").read_text()
+    assert "What self-edits are fitted on top of, and what they harm" in page and f"{memory['bits']:.3f}" in page and "(score " in page
 
 
 def test_selection_goes_by_the_score():

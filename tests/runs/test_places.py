@@ -14,6 +14,7 @@ def test_what_is_no_store_is_a_path():
     for text in ("runs/x", "/tmp/x", "C:/x", "a:b"):
         assert place(text) == pathlib.Path(text)
     assert place(pathlib.Path("x")) == pathlib.Path("x")
+    assert place("~/runs") == pathlib.Path.home() / "runs" and place("~nobody-of-that-name/x") == pathlib.Path("~nobody-of-that-name/x")
 
 
 def test_names():

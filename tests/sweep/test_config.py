@@ -31,6 +31,31 @@ def test_overrides_of_a_sweep_file(write_sweep):
     assert sweep.settings() == [{"fit.epochs": 3}] and sweep.base.evaluate.contexts == 2 and str(sweep.folder) == "x/other"
 
 
+def test_an_override_counts_over_the_file_whichever_way_that_spells_the_key(write_sweep):
+    mixed = {"evaluate": {"contexts": 2}, "evaluate.edits": 1}
+    sweep = sweep_config.load(write_sweep(space=EPOCHS, set=mixed), ["set.evaluate.edits=4", "set.evaluate.contexts=3"])
+    assert (sweep.base.evaluate.edits, sweep.base.evaluate.contexts) == (4, 3)
+    sweep = sweep_config.load(write_sweep(space={"fit": {"lora": {"rank": [2]}}, "fit.epochs": [1]}), ["space.fit.epochs=[7]"])
+    assert sweep.settings() == [{"fit.lora.rank": 2, "fit.epochs": 7}]
+
+
+def test_texts_that_look_like_numbers_stay_texts(write_sweep, tmp_path):
+    (tmp_path / "arc.yaml").write_text("task: {name: arc}")
+    path = write_sweep(base="arc.yaml", set={"task.train_ids": ["a"]}, space={"task.validation_ids": [["a"]], "model.name": ["b"]})
+    items = [
+        "name=007",
+        "set.task.train_ids=[00576224, 855e0971]",
+        "space.task.validation_ids=[[00576224], null]",
+        "space.model.name=[1e3]",
+    ]
+    sweep = sweep_config.load(path, items)
+    assert sweep.config.name == "007" and sweep.base.task.train_ids == ["00576224", "855e0971"]
+    assert sweep.space["task.validation_ids"].values == (["00576224"], None) and sweep.space["model.name"].values == ("1e3",)
+    path.write_text(path.read_text().replace("- a\n", "- 00576224\n", 1))
+    with pytest.raises(SealError, match=r"task.train_ids: 195732 is read as no text; put what was meant in quotes"):
+        sweep_config.load(path)
+
+
 def test_interpolations_of_the_base_follow_what_a_trial_sets(write_sweep):
     sweep = sweep_config.load(write_sweep(set={"m_step.epochs": "${fit.epochs}"}, space=EPOCHS))
     assert [sweep.trial(settings).m_step.epochs for settings in sweep.settings()] == [2, 4]

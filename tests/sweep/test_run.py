@@ -120,6 +120,20 @@ def test_a_server_that_cannot_grade_stops_a_sweep_before_its_trials(write_sweep,
     assert not (tmp_path / "sweep").exists()
 
 
+def test_trials_of_other_data_are_told(tmp_path):
+    def row(trial, digest, settings):
+        (tmp_path / trial).mkdir(exist_ok=True)
+        (tmp_path / trial / "data.json").write_text(json.dumps({"task.train": [["a", digest]]}))
+        return {"trial": trial, "run": str(tmp_path / trial), "settings": settings}
+
+    rates = [{"fit.learning_rate": rate} for rate in (1, 2, 3)]
+    same = [row(trial, "1", settings) for trial, settings in zip("abc", rates, strict=True)]
+    assert sweep_run.of_other_data({"rows": [*same, {"trial": "z", "run": str(tmp_path / "none"), "settings": {}}]}) == []
+    other = {"rows": [*same[:2], row("c", "2", rates[2])]}
+    assert sweep_run.of_other_data(other) == ["NOT COMPARABLE: the data files were others for c than for most trials"]
+    assert sweep_run.of_other_data({"rows": [{**found, "settings": {"task.train": "x"}} for found in other["rows"]]}) == []
+
+
 def test_an_error_is_one_line():
     assert trial_lib.reason(SealError("a: b")) == "a: b"
     assert trial_lib.reason(ValueError("x\n  y")) == "ValueError: x y" and trial_lib.reason(KeyError()) == "KeyError"

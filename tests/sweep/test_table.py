@@ -76,3 +76,10 @@ def test_the_plot_is_a_picture_of_its_own(records):
     measured, rewarded = (any(row[what] for row in rows) for what in ("result", "rewards"))
     assert ("fit.epochs" in text, "reward by round" in text, "nothing measured" in text) == (measured, rewarded, not (measured or rewarded))
     assert made == plot.draw("x", rows, space), "equal results, equal plots"
+
+
+def test_the_plot_of_values_of_any_characters():
+    named = [{**record, "settings": {"task.prompt": name}} for record, name in zip(RECORDS[1:3], ("p$\\x$", "a\x01<b>"), strict=True)]
+    made = plot.draw('"x" & y', table.build(named)["rows"], {"task.prompt": Choices(("p$\\x$", "a\x01<b>"))})
+    text = "".join(xml.etree.ElementTree.fromstring(made).itertext())
+    assert "p$\\x$" in text and "a\N{REPLACEMENT CHARACTER}<b>" in text
