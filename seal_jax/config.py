@@ -311,14 +311,14 @@ def build(
 ) -> RunConfig:
     """`load` for a config already read as plain data; `where` names it in error messages.
 
-    `settings`: values by dotted key, as data, in place of what `data` and `overrides` have there.
+    `settings`: values by dotted key, as data, in place of what `data` has there.
     """
     try:
         given = OmegaConf.create(data)
-        for item in overrides:
-            given = override(given, item)
         for key, value in (settings or {}).items():
             given = OmegaConf.merge(given, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), value))
+        for item in overrides:
+            given = override(given, item)
         task = given.get("task")
         name = task.get("name") if OmegaConf.is_dict(task) else None
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
@@ -329,9 +329,7 @@ def build(
         raise SealError(f"{where}: task.name={name!r} is unknown{_nearest(str(name), task_names())}; one of: {', '.join(task_names())}")
     schema = schema_of(name)
     for item in overrides:
-        key, _, written = item.partition("=")
-        if is_text(schema, key) and key not in (settings or {}):
-            OmegaConf.update(given, key, texts(written))
+        keep_texts(schema, given, item)
     config = fill(schema, given, where)
     assert isinstance(config, RunConfig)
     limits.check(config, where)
@@ -365,6 +363,13 @@ def override(given: Any, item: str) -> Any:
         raise SealError(f"override {item!r}: not readable as YAML: {' '.join(str(error).split())}") from None
     except (omegaconf.errors.OmegaConfBaseException, TypeError, ValueError):
         raise SealError(f"override {item!r}: does not fit what the config has there; a list is set as a whole: key=[1,2]") from None
+
+
+def keep_texts(schema: Any, given: Any, item: str) -> None:
+    """Has `given` hold the text that the override `item` has, where the schema wants one, instead of what YAML makes of it."""
+    key, _, written = item.partition("=")
+    if is_text(schema, key):
+        OmegaConf.update(given, key, texts(written))
 
 
 def is_text(schema: Any, key: str) -> bool:

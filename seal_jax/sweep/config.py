@@ -127,9 +127,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Sweep:
         given = OmegaConf.create(said)
         for item in overrides:
             given = config_lib.override(given, item)
-            key, _, written = item.partition("=")
-            if config_lib.is_text(OmegaConf.structured(SweepConfig), key):
-                OmegaConf.update(given, key, config_lib.texts(written))
+            config_lib.keep_texts(OmegaConf.structured(SweepConfig), given, item)
         parts = {key: OmegaConf.to_container(given)[key] for key in ("set", "space") if given._get_node(key) is not None}
     except (omegaconf.errors.OmegaConfBaseException, ValueError) as error:
         raise SealError(f"{where}: {' '.join(str(error).split())}") from None
